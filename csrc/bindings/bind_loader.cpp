@@ -1,0 +1,45 @@
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings/bindings.hpp"
+#include "loader/fill_job.hpp"
+
+namespace py = pybind11;
+
+namespace penstock {
+
+namespace {
+
+using ExtentTuple = std::tuple<std::size_t, std::uint64_t, std::size_t, std::size_t>;
+
+std::unique_ptr<FillJob> start_fill(std::shared_ptr<Region> region,
+                                    const std::vector<std::string>& paths,
+                                    const std::vector<ExtentTuple>& extents,
+                                    std::size_t threads) {
+  std::vector<Extent> typed;
+  typed.reserve(extents.size());
+  for (const auto& [file, file_offset, region_offset, nbytes] : extents) {
+    typed.push_back({file, file_offset, region_offset, nbytes});
+  }
+  return std::make_unique<FillJob>(std::move(region), paths, typed, threads);
+}
+
+}  // namespace
+
+void bind_loader(py::module_& module) {
+  const py::call_guard<py::gil_scoped_release> without_gil;
+
+  py::class_<FillJob>(module, "FillJob", "Reads extents of files into a region, on threads.")
+      .def(py::init(&start_fill), py::arg("region"), py::arg("paths"), py::arg("extents"),
+           py::arg("threads"), without_gil,
+           "Start. An extent is (file index, file offset, region offset, bytes).")
+      .def("wait_for", &FillJob::wait_for, py::arg("limit"), without_gil,
+           "Wait up to a time limit; return whether all bytes are in place.")
+      .def("cancel", &FillJob::cancel)
+      .def_property_readonly("total_bytes", &FillJob::total_bytes)
+      .def_property_readonly("done_bytes", &FillJob::done_bytes);
+}
+
+}  // namespace penstock

@@ -1,0 +1,12 @@
+#include "bindings/bindings.hpp"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled core of Penstock: devices, budget, page table, pager, loader.";
+  module.attr("__version__") = PENSTOCK_VERSION;
+  penstock::bind_errors(module);
+  penstock::bind_device(module);
+  penstock::bind_budget(module);
+  penstock::bind_page_table(module);
+  penstock::bind_pager(module);
+  penstock::bind_loader(module);
+}

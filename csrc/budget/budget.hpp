@@ -1,0 +1,93 @@
+// The budget is the ledger that hands the cap out. Every byte of device memory that Penstock makes
+// resident is charged to a tag before the device is asked for it, and released after the device has
+// let go of it, so the sum of the tags is an upper bound of what is held, at every instant.
+//
+// A charge adds, compares and, where it does not fit, leaves the ledger as it was; nothing is ever
+// granted first and repaired later. One mutex guards all figures, so that every snapshot is exact.
+// All functions are thread-safe. The budget knows nothing of devices, pages or models.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+namespace penstock {
+
+/// What charged bytes are used for.
+enum class Tag : std::uint8_t { kWeights, kActivations, kWorkspace, kCache, kOutside };
+inline constexpr std::size_t kTagCount = 5;
+
+/// "weights", "activations", ...
+const char* tag_name(Tag tag) noexcept;
+
+/// One consistent reading of the ledger. All figures are in bytes but `refused`.
+struct BudgetStats {
+  std::size_t cap = 0;
+  std::size_t used = 0;                          ///< Sum of `used_by_tag`; never above `cap`.
+  std::size_t peak = 0;                          ///< Largest `used` since the last reset.
+  std::array<std::size_t, kTagCount> used_by_tag{};
+  std::array<std::size_t, kTagCount> peak_by_tag{};
+  std::uint64_t refused = 0;                     ///< Charges that did not fit (waits that gave up too).
+};
+
+class Budget {
+ public:
+  /// @param cap  Bytes to hand out.
+  explicit Budget(std::size_t cap);
+  Budget(const Budget&) = delete;
+  Budget& operator=(const Budget&) = delete;
+
+  /// Charges `nbytes` to `tag` if they fit. @return whether they did.
+  [[nodiscard]] bool try_charge(Tag tag, std::size_t nbytes);
+
+  /// Charges `nbytes`, waiting up to `limit` for others to release. Waiters have no order among
+  /// themselves: a small request may overtake a large one. @return whether the bytes were charged.
+  [[nodiscard]] bool charge_within(Tag tag, std::size_t nbytes, std::chrono::milliseconds limit);
+
+  /// Charges `nbytes`. @throws CapExceededError with the ledger's figures where they do not fit.
+  void charge(Tag tag, std::size_t nbytes);
+
+  /// Gives back `nbytes` of `tag`. @throws std::logic_error if the tag holds less.
+  void release(Tag tag, std::size_t nbytes);
+
+  /// Changes the cap. @return false, changing nothing, where more than `cap` bytes are in use.
+  [[nodiscard]] bool try_set_cap(std::size_t cap);
+
+  std::size_t cap() const;
+  std::size_t available() const;  ///< Bytes that could be charged now.
+  BudgetStats stats() const;
+  void reset_peaks();  ///< Peaks start again from what is in use now.
+
+ private:
+  bool fits(std::size_t nbytes) const { return nbytes <= stats_.cap - stats_.used; }
+  void add(Tag tag, std::size_t nbytes);
+
+  mutable std::mutex mutex_;
+  std::condition_variable released_;
+  BudgetStats stats_;
+};
+
+/// A charge that is taken back unless it is kept: what makes a failure between charging and using
+/// the bytes leave the ledger balanced.
+class ScopedCharge {
+ public:
+  /// Adopts `nbytes` that were charged to `tag` before.
+  ScopedCharge(Budget& budget, Tag tag, std::size_t nbytes) noexcept
+      : budget_(&budget), tag_(tag), nbytes_(nbytes) {}
+  ScopedCharge(const ScopedCharge&) = delete;
+  ScopedCharge& operator=(const ScopedCharge&) = delete;
+  ~ScopedCharge() {
+    if (budget_ != nullptr) budget_->release(tag_, nbytes_);
+  }
+  void keep() noexcept { budget_ = nullptr; }
+
+ private:
+  Budget* budget_;
+  Tag tag_;
+  std::size_t nbytes_;
+};
+
+}  // namespace penstock

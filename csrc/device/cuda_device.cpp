@@ -1,0 +1,259 @@
+#include "device/cuda_device.hpp"
+
+#include <cstring>
+
+#include "device/cuda_api.hpp"
+#include "device/file.hpp"
+#include "error/error.hpp"
+
+namespace penstock {
+
+using cuda_api::check;
+using cuda_api::driver;
+
+namespace {
+
+// Selects a GPU for the calling thread and puts the thread's own choice back.
+class SelectDevice {
+ public:
+  explicit SelectDevice(int ordinal) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    changed_ = previous_ != ordinal;
+    if (changed_) check(cudaSetDevice(ordinal), "cudaSetDevice");
+  }
+  ~SelectDevice() {
+    if (changed_) static_cast<void>(cudaSetDevice(previous_));  // it was valid a moment ago
+  }
+  SelectDevice(const SelectDevice&) = delete;
+  SelectDevice& operator=(const SelectDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stream.value); }
+cudaEvent_t native(EventHandle event) { return static_cast<cudaEvent_t>(event.value); }
+CUdeviceptr native(const void* address) { return reinterpret_cast<CUdeviceptr>(address); }
+
+CUmemAllocationProp frame_properties(int ordinal) {
+  CUmemAllocationProp properties{};
+  properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.location.id = ordinal;
+  return properties;
+}
+
+int attribute(cudaDeviceAttr which, int ordinal) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, ordinal), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+int CudaDevice::count() noexcept {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) == cudaSuccess) return devices;
+  static_cast<void>(cudaGetLastError());
+  return 0;
+}
+
+std::string CudaDevice::unavailable_reason() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  static_cast<void>(cudaGetLastError());
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  return devices > 0 ? "" : "no CUDA device is visible to this process";
+}
+
+CudaDevice::CudaDevice(int ordinal) {
+  const SelectDevice selected(ordinal);
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
+  info_.kind = DeviceKind::kCuda;
+  info_.ordinal = ordinal;
+  info_.name = properties.name;
+  info_.total_bytes = properties.totalGlobalMem;
+  check(cudaDriverGetVersion(&info_.driver_version), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&info_.runtime_version), "cudaRuntimeGetVersion");
+  if (attribute(cudaDevAttrConcurrentManagedAccess, ordinal) == 0) {
+    info_.no_managed_reason =
+        "this GPU and system cannot share managed memory between host and device at the same time";
+  }
+  const CUmemAllocationProp frame = frame_properties(ordinal);
+  check(driver().granularity(&info_.frame_granularity, &frame, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
+        "cuMemGetAllocationGranularity");
+}
+
+MemoryInfo CudaDevice::memory_info() {
+  const SelectDevice selected(info_.ordinal);
+  MemoryInfo info;
+  check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "cudaMemGetInfo");
+  return info;
+}
+
+StreamHandle CudaDevice::stream_create() {
+  const SelectDevice selected(info_.ordinal);
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  return {stream};
+}
+
+void CudaDevice::stream_destroy(StreamHandle stream) {
+  check(cudaStreamDestroy(native(stream)), "cudaStreamDestroy");
+}
+
+void CudaDevice::stream_synchronize(StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaStreamSynchronize(native(stream)), "cudaStreamSynchronize");
+}
+
+EventHandle CudaDevice::event_create() {
+  const SelectDevice selected(info_.ordinal);
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync),
+        "cudaEventCreateWithFlags");
+  return {event};
+}
+
+void CudaDevice::event_destroy(EventHandle event) {
+  check(cudaEventDestroy(native(event)), "cudaEventDestroy");
+}
+
+void CudaDevice::event_record(EventHandle event, StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaEventRecord(native(event), native(stream)), "cudaEventRecord");
+}
+
+void CudaDevice::event_wait(StreamHandle stream, EventHandle event) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaStreamWaitEvent(native(stream), native(event), 0), "cudaStreamWaitEvent");
+}
+
+void CudaDevice::event_synchronize(EventHandle event) {
+  check(cudaEventSynchronize(native(event)), "cudaEventSynchronize");
+}
+
+bool CudaDevice::event_done(EventHandle event) {
+  const cudaError_t status = cudaEventQuery(native(event));
+  if (status == cudaErrorNotReady) {
+    static_cast<void>(cudaGetLastError());
+    return false;
+  }
+  check(status, "cudaEventQuery");
+  return true;
+}
+
+void* CudaDevice::managed_reserve(std::size_t nbytes, Access access) {
+  if (!info_.no_managed_reason.empty()) {
+    throw DeviceError("managed_reserve", 0, info_.no_managed_reason);
+  }
+  const SelectDevice selected(info_.ordinal);
+  void* address = nullptr;
+  check(cudaMallocManaged(&address, nbytes, cudaMemAttachGlobal), "cudaMallocManaged");
+  try {
+    cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetPreferredLocation,
+                         cuda_api::kHostLocation);
+    if (access == Access::kReadMostly) {
+      cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
+    }
+  } catch (...) {
+    static_cast<void>(cudaFree(address));  // the error under way says more
+    throw;
+  }
+  return address;
+}
+
+void CudaDevice::managed_release(void* address, std::size_t /*nbytes*/) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaFree(address), "cudaFree");
+}
+
+void CudaDevice::managed_read(void* address, const File& file, std::uint64_t offset,
+                              std::size_t nbytes) {
+  file.read(address, offset, nbytes);
+}
+
+void CudaDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
+  std::memcpy(address, source, nbytes);
+}
+
+void CudaDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  cuda_api::mem_prefetch(address, nbytes, info_.ordinal, native(stream));
+}
+
+void CudaDevice::managed_evict(void* address, std::size_t nbytes, Access access,
+                               StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  if (access == Access::kReadWrite) {
+    cuda_api::mem_prefetch(address, nbytes, cuda_api::kHostLocation, native(stream));
+    return;
+  }
+  cuda_api::mem_advise(address, nbytes, cudaMemAdviseUnsetReadMostly, info_.ordinal);
+  cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
+}
+
+std::optional<std::size_t> CudaDevice::managed_resident(const void* /*address*/,
+                                                        std::size_t /*nbytes*/) {
+  return std::nullopt;  // CUDA has no such query
+}
+
+void* CudaDevice::address_reserve(std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  CUdeviceptr address = 0;
+  check(driver().address_reserve(&address, nbytes, 0, 0, 0), "cuMemAddressReserve");
+  return reinterpret_cast<void*>(address);
+}
+
+void CudaDevice::address_release(void* address, std::size_t nbytes) {
+  check(driver().address_free(native(address), nbytes), "cuMemAddressFree");
+}
+
+FrameHandle CudaDevice::frame_create(std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  const CUmemAllocationProp properties = frame_properties(info_.ordinal);
+  CUmemGenericAllocationHandle handle = 0;
+  check(driver().create(&handle, nbytes, &properties, 0), "cuMemCreate");
+  return {handle};
+}
+
+void CudaDevice::frame_release(FrameHandle frame) {
+  check(driver().release(frame.value), "cuMemRelease");
+}
+
+void CudaDevice::map(void* address, FrameHandle frame, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  check(driver().map(native(address), nbytes, 0, frame.value, 0), "cuMemMap");
+  CUmemAccessDesc access{};
+  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  access.location.id = info_.ordinal;
+  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  const CUresult granted = driver().set_access(native(address), nbytes, &access, 1);
+  if (granted != CUDA_SUCCESS) static_cast<void>(driver().unmap(native(address), nbytes));
+  check(granted, "cuMemSetAccess");
+}
+
+void CudaDevice::unmap(void* address, std::size_t nbytes) {
+  check(driver().unmap(native(address), nbytes), "cuMemUnmap");
+}
+
+void* CudaDevice::pinned_allocate(std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  void* address = nullptr;
+  check(cudaHostAlloc(&address, nbytes, cudaHostAllocDefault), "cudaHostAlloc");
+  return address;
+}
+
+void CudaDevice::pinned_free(void* address, std::size_t /*nbytes*/) {
+  check(cudaFreeHost(address), "cudaFreeHost");
+}
+
+void CudaDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaMemcpyAsync(target, source, nbytes, cudaMemcpyDefault, native(stream)),
+        "cudaMemcpyAsync");
+}
+
+}  // namespace penstock

@@ -1,0 +1,75 @@
+// A device around another one that fails or delays calls on demand: how tests show that every error
+// path leaves the ledger balanced and the manager usable, and how races are provoked. Calls are
+// named as in Device ("managed_prefetch") and counted. A failing call is not passed on, but for those
+// that give a handle back: these pass it on first, so that a test leaks nothing. Thread-safe.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "device/device.hpp"
+
+namespace penstock {
+
+class FaultyDevice : public Device {
+ public:
+  explicit FaultyDevice(std::shared_ptr<Device> inner);
+
+  /// Makes the `nth` call from now fail (0 is the next one), of any function, once.
+  void fail_nth_call(std::uint64_t nth);
+  /// Makes the `nth` call of function `name` from now fail, once.
+  void fail_nth_call_of(const std::string& name, std::uint64_t nth);
+  /// Makes every call of function `name` last `delay` longer.
+  void delay_calls_of(const std::string& name, std::chrono::microseconds delay);
+  /// Forgets all faults and delays, and counts from zero.
+  void reset();
+  std::map<std::string, std::uint64_t> calls() const;
+  /// Whether the fault that was asked for has happened.
+  bool fired() const;
+
+  DeviceInfo info() const override { return inner_->info(); }
+  MemoryInfo memory_info() override;
+  StreamHandle stream_create() override;
+  void stream_destroy(StreamHandle stream) override;
+  void stream_synchronize(StreamHandle stream) override;
+  EventHandle event_create() override;
+  void event_destroy(EventHandle event) override;
+  void event_record(EventHandle event, StreamHandle stream) override;
+  void event_wait(StreamHandle stream, EventHandle event) override;
+  void event_synchronize(EventHandle event) override;
+  bool event_done(EventHandle event) override;
+  void* managed_reserve(std::size_t nbytes, Access access) override;
+  void managed_release(void* address, std::size_t nbytes) override;
+  void managed_read(void* address, const File& file, std::uint64_t offset,
+                    std::size_t nbytes) override;
+  void managed_write(void* address, const void* source, std::size_t nbytes) override;
+  void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override;
+  void managed_evict(void* address, std::size_t nbytes, Access access,
+                     StreamHandle stream) override;
+  std::optional<std::size_t> managed_resident(const void* address, std::size_t nbytes) override;
+  void* address_reserve(std::size_t nbytes) override;
+  void address_release(void* address, std::size_t nbytes) override;
+  FrameHandle frame_create(std::size_t nbytes) override;
+  void frame_release(FrameHandle frame) override;
+  void map(void* address, FrameHandle frame, std::size_t nbytes) override;
+  void unmap(void* address, std::size_t nbytes) override;
+  void* pinned_allocate(std::size_t nbytes) override;
+  void pinned_free(void* address, std::size_t nbytes) override;
+  void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) override;
+
+ private:
+  void enter(const char* name);
+
+  std::shared_ptr<Device> inner_;
+  mutable std::mutex mutex_;
+  std::map<std::string, std::uint64_t> calls_;
+  std::map<std::string, std::chrono::microseconds> delays_;
+  std::string failing_name_;           // empty: any function
+  std::optional<std::uint64_t> left_;  // calls before the one that fails
+  bool fired_ = false;
+};
+
+}  // namespace penstock

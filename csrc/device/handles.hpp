@@ -1,0 +1,56 @@
+// Owners of a device's handles. Each keeps the device alive and gives its handle back when it goes;
+// a failure then is recorded with the device (Device::suppress), since destructors cannot throw.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "device/device.hpp"
+
+namespace penstock {
+
+class OwnedStream {
+ public:
+  explicit OwnedStream(std::shared_ptr<Device> device);
+  ~OwnedStream();
+  OwnedStream(const OwnedStream&) = delete;
+  OwnedStream& operator=(const OwnedStream&) = delete;
+  StreamHandle get() const noexcept { return handle_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  StreamHandle handle_;
+};
+
+class OwnedEvent {
+ public:
+  explicit OwnedEvent(std::shared_ptr<Device> device);
+  ~OwnedEvent();
+  OwnedEvent(const OwnedEvent&) = delete;
+  OwnedEvent& operator=(const OwnedEvent&) = delete;
+  EventHandle get() const noexcept { return handle_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  EventHandle handle_;
+};
+
+/// A reserved range of managed memory.
+class ManagedRange {
+ public:
+  ManagedRange(std::shared_ptr<Device> device, std::size_t nbytes, Access access);
+  ~ManagedRange();
+  ManagedRange(const ManagedRange&) = delete;
+  ManagedRange& operator=(const ManagedRange&) = delete;
+  std::byte* address() const noexcept { return address_; }
+  std::size_t nbytes() const noexcept { return nbytes_; }
+  Access access() const noexcept { return access_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  std::size_t nbytes_;
+  Access access_;
+  std::byte* address_;
+};
+
+}  // namespace penstock

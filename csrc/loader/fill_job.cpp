@@ -1,0 +1,89 @@
+#include "loader/fill_job.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "error/error.hpp"
+
+namespace penstock {
+
+namespace {
+
+constexpr std::size_t kPiece = std::size_t{16} << 20;  // one read call; keeps all threads busy
+
+void check_extent(const Extent& extent, const Region& region,
+                  const std::vector<std::unique_ptr<File>>& files) {
+  static_cast<void>(region.pages_of(extent.region_offset, extent.nbytes));  // throws outside
+  const File& file = *files.at(extent.file);
+  if (extent.file_offset > file.size() || extent.nbytes > file.size() - extent.file_offset) {
+    throw CheckpointError(file.path() + " has " + std::to_string(file.size()) +
+                              " bytes, but bytes [" + std::to_string(extent.file_offset) + ", " +
+                              std::to_string(extent.file_offset + extent.nbytes) +
+                              ") are needed: was it truncated?",
+                          file.path(), extent.file_offset);
+  }
+}
+
+}  // namespace
+
+FillJob::FillJob(std::shared_ptr<Region> region, const std::vector<std::string>& paths,
+                 const std::vector<Extent>& extents, std::size_t threads)
+    : region_(std::move(region)) {
+  for (const auto& path : paths) files_.push_back(std::make_unique<File>(path));
+  for (const auto& extent : extents) {
+    check_extent(extent, *region_, files_);
+    for (std::size_t at = 0; at < extent.nbytes; at += kPiece) {
+      pieces_.push_back({extent.file, extent.file_offset + at, extent.region_offset + at,
+                         std::min(kPiece, extent.nbytes - at)});
+    }
+    total_ += extent.nbytes;
+  }
+  running_ = std::max<std::size_t>(1, std::min(threads, pieces_.size()));
+  const std::size_t wanted = running_;
+  threads_.reserve(wanted);
+  try {
+    while (threads_.size() < wanted) threads_.emplace_back([this] { read_pieces(); });
+  } catch (...) {
+    join();
+    throw;
+  }
+}
+
+FillJob::~FillJob() { join(); }
+
+void FillJob::join() noexcept {
+  cancel();
+  for (auto& thread : threads_) thread.join();
+}
+
+void FillJob::cancel() noexcept { stop_ = true; }
+
+void FillJob::read_pieces() {
+  std::exception_ptr error;
+  try {
+    for (std::size_t i = next_++; i < pieces_.size() && !stop_; i = next_++) {
+      const Extent& piece = pieces_[i];
+      region_->device().managed_read(region_->address() + piece.region_offset, *files_[piece.file],
+                                     piece.file_offset, piece.nbytes);
+      done_ += piece.nbytes;
+    }
+  } catch (...) {
+    error = std::current_exception();
+    stop_ = true;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    --running_;
+    if (error && !error_) error_ = error;
+  }
+  finished_.notify_all();
+}
+
+bool FillJob::wait_for(std::chrono::milliseconds limit) {
+  std::unique_lock lock(mutex_);
+  const bool ended = finished_.wait_for(lock, limit, [&] { return running_ == 0; });
+  if (ended && error_) std::rethrow_exception(error_);
+  return ended && done_ == total_;
+}
+
+}  // namespace penstock

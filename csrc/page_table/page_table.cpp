@@ -1,0 +1,124 @@
+#include "page_table/page_table.hpp"
+
+#include <string>
+#include <utility>
+
+#include "error/error.hpp"
+
+namespace penstock {
+
+namespace {
+
+constexpr const char* name(PageState state) {
+  switch (state) {
+    case PageState::kAbsent:
+      return "absent";
+    case PageState::kLoading:
+      return "loading";
+    case PageState::kResident:
+      return "resident";
+    case PageState::kEvicting:
+      return "evicting";
+  }
+  return "unknown";
+}
+
+std::size_t slot(PageState state) { return static_cast<std::size_t>(state); }
+
+}  // namespace
+
+PageTable::PageTable(std::size_t page_count) : pages_(page_count), counts_(4, 0) {
+  counts_[slot(PageState::kAbsent)] = page_count;
+}
+
+std::size_t PageTable::count(PageState state) const noexcept { return counts_[slot(state)]; }
+
+PageTable::VictimKey PageTable::key(PageIndex page) const {
+  // Complements turn "largest next use" and "highest index" into ascending order.
+  return {~pages_[page].next_use, pages_[page].last_use, ~page};
+}
+
+template <typename Change>
+void PageTable::change(PageIndex index, Change apply) {
+  Page& page = pages_.at(index);
+  if (evictable(page)) victims_.erase(key(index));
+  --counts_[slot(page.state)];
+  apply(page);
+  ++counts_[slot(page.state)];
+  if (evictable(page)) victims_.insert(key(index));
+}
+
+void PageTable::move(PageIndex page, PageState from, PageState to) {
+  const PageState current = state(page);
+  if (current != from) {
+    throw ScheduleError("page " + std::to_string(page) + " is " + name(current) + ", not " +
+                        name(from) + ": it cannot become " + name(to));
+  }
+  change(page, [&](Page& p) { p.state = to; });
+}
+
+void PageTable::begin_load(PageIndex page) {
+  move(page, PageState::kAbsent, PageState::kLoading);
+}
+void PageTable::finish_load(PageIndex page) {
+  move(page, PageState::kLoading, PageState::kResident);
+}
+void PageTable::cancel_load(PageIndex page) {
+  move(page, PageState::kLoading, PageState::kAbsent);
+}
+void PageTable::begin_evict(PageIndex page) {
+  if (pins(page) > 0) {
+    throw ScheduleError("page " + std::to_string(page) + " is pinned: it cannot be evicted");
+  }
+  move(page, PageState::kResident, PageState::kEvicting);
+}
+void PageTable::finish_evict(PageIndex page) {
+  move(page, PageState::kEvicting, PageState::kAbsent);
+}
+void PageTable::cancel_evict(PageIndex page) {
+  move(page, PageState::kEvicting, PageState::kResident);
+}
+
+void PageTable::pin(PageIndex page) {
+  change(page, [](Page& p) { ++p.pins; });
+}
+
+void PageTable::unpin(PageIndex page) {
+  if (pins(page) == 0) throw ScheduleError("page " + std::to_string(page) + " is not pinned");
+  change(page, [](Page& p) { --p.pins; });
+}
+
+void PageTable::touch(PageIndex page) {
+  change(page, [this](Page& p) { p.last_use = ++uses_; });
+}
+
+void PageTable::set_schedule(std::vector<std::vector<PageIndex>> steps) {
+  schedule_ = Schedule(pages_.size(), std::move(steps));
+  now_ = 0;
+  for (std::size_t i = 0; i < pages_.size(); ++i) {
+    const auto page = static_cast<PageIndex>(i);
+    change(page, [&](Page& p) { p.next_use = schedule_.next_use(page, now_); });
+  }
+}
+
+void PageTable::advance(StepIndex step) {
+  const StepTime target = schedule_.time_of(step, now_);
+  const StepTime count = schedule_.step_count();
+  for (StepTime time = now_ + 1; time <= target; ++time) {
+    for (const PageIndex page : schedule_.pages_of(static_cast<StepIndex>((time - 1) % count))) {
+      change(page, [&](Page& p) { p.next_use = schedule_.next_use(page, target); });
+    }
+  }
+  now_ = target;
+}
+
+std::vector<PageIndex> PageTable::victims(std::size_t limit, StepTime after) const {
+  std::vector<PageIndex> chosen;
+  for (const auto& [next_use_complement, last_use, page_complement] : victims_) {
+    if (chosen.size() == limit || ~next_use_complement <= after) break;
+    chosen.push_back(~page_complement);
+  }
+  return chosen;
+}
+
+}  // namespace penstock

@@ -1,0 +1,93 @@
+// The page table knows, for every page of one region, its state, who has it pinned, when it was
+// used last and when the schedule uses it next. It decides which pages go when room is needed. It is
+// pure bookkeeping: no device, no clock, no locks (its owner locks), and the same calls always give
+// the same answers.
+//
+// States, and the calls that change them (all others throw ScheduleError):
+//
+//     absent --begin_load--> loading --finish_load--> resident --begin_evict--> evicting
+//       ^                      |                         ^                          |
+//       |<------cancel_load----+                         |<------cancel_evict-------+
+//       |<-----------------------------------------------------finish_evict---------+
+//
+// A pinned page is never evicted; pages in any state may be pinned, so that a page is safe from the
+// moment it is wanted. A victim is a resident page without pins. Which one goes first: the page
+// whose next use is farthest away; pages that the schedule does not name count as never used again;
+// among equals the least recently used, then the highest index. Without a schedule that is LRU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "page_table/schedule.hpp"
+
+namespace penstock {
+
+enum class PageState : std::uint8_t { kAbsent, kLoading, kResident, kEvicting };
+
+class PageTable {
+ public:
+  /// @param page_count  Pages, all absent.
+  explicit PageTable(std::size_t page_count);
+
+  std::size_t page_count() const noexcept { return pages_.size(); }
+  PageState state(PageIndex page) const { return pages_.at(page).state; }
+  std::uint32_t pins(PageIndex page) const { return pages_.at(page).pins; }
+  std::size_t count(PageState state) const noexcept;
+
+  void begin_load(PageIndex page);
+  void finish_load(PageIndex page);
+  void cancel_load(PageIndex page);
+  void begin_evict(PageIndex page);
+  void finish_evict(PageIndex page);
+  void cancel_evict(PageIndex page);
+
+  void pin(PageIndex page);
+  void unpin(PageIndex page);
+
+  /// Makes `page` the most recently used.
+  void touch(PageIndex page);
+
+  /// Replaces the schedule; its first step is the next to run.
+  void set_schedule(std::vector<std::vector<PageIndex>> steps);
+  /// The steps up to and including the next occurrence of `step` have come.
+  void advance(StepIndex step);
+  const Schedule& schedule() const noexcept { return schedule_; }
+  StepTime now() const noexcept { return now_; }
+  StepTime next_use(PageIndex page) const { return pages_.at(page).next_use; }
+
+  /// Up to `limit` pages to evict, in order, all of them used later than `after`.
+  /// @param after  0 to admit every victim.
+  std::vector<PageIndex> victims(std::size_t limit, StepTime after = 0) const;
+
+ private:
+  struct Page {
+    PageState state = PageState::kAbsent;
+    std::uint32_t pins = 0;
+    std::uint64_t last_use = 0;
+    StepTime next_use = kNever;
+  };
+  // Ascending order of this key is the order in which victims go.
+  using VictimKey = std::tuple<StepTime, std::uint64_t, PageIndex>;
+
+  VictimKey key(PageIndex page) const;
+  bool evictable(const Page& page) const {
+    return page.state == PageState::kResident && page.pins == 0;
+  }
+  void move(PageIndex page, PageState from, PageState to);
+  /// Changes a page, keeping `victims_` and `counts_` true.
+  template <typename Change>
+  void change(PageIndex index, Change apply);
+
+  std::vector<Page> pages_;
+  std::vector<std::size_t> counts_;
+  std::set<VictimKey> victims_;
+  Schedule schedule_;
+  StepTime now_ = 0;
+  std::uint64_t uses_ = 0;
+};
+
+}  // namespace penstock

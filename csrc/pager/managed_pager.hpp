@@ -1,0 +1,144 @@
+// The managed pager decides which pages of its regions are resident, under the cap of a budget. A
+// page is charged before the device is asked to bring it in and released after the device has
+// dropped it, so the ledger is never below what the pager holds.
+//
+// Using pages: `begin` pins them, sees to it that they are resident and orders the caller's stream
+// after their loads; `end` records that the stream's work so far was the last to read them, and
+// unpins. Between the two they cannot be evicted. `prefetch_ahead` asks for pages of later steps and
+// never waits: it takes free room, pages of idle regions, and pages of its own region whose next use
+// is later than the use it prefetches for; otherwise it does nothing, and `begin` loads them then.
+//
+// Threads: all functions are thread-safe. Loading and evicting happen on one thread of the pager's
+// own (the calls block for a good part of the transfer), in two streams, one for each direction;
+// page states change only there. Streams: a caller's stream is never blocked but by waiting for the
+// loads it needs; before a page is dropped, the pager's thread waits for its last readers.
+//
+// Errors: a failed load or eviction leaves pages in the state they had and the ledger balanced. An
+// error that a load meets later, on the stream, surfaces in the `begin` that needs the page, which
+// then drops the page again.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "budget/budget.hpp"
+#include "device/handles.hpp"
+#include "error/error.hpp"
+#include "pager/region.hpp"
+#include "threading/task_thread.hpp"
+
+namespace penstock {
+
+/// What the pager has done since it was made. Bytes are counted by pages.
+struct PagerStats {
+  std::uint64_t loaded_bytes = 0;
+  std::uint64_t evicted_bytes = 0;
+  std::uint64_t hits = 0;           ///< Calls of `begin` that found all their pages loaded or under way.
+  std::uint64_t demand_loads = 0;   ///< Calls of `begin` that had to load.
+  std::uint64_t ahead_loads = 0;    ///< Calls of `prefetch_ahead` that loaded.
+  std::uint64_t ahead_declined = 0; ///< Those that found no room worth taking.
+  std::uint64_t ahead_failed = 0;   ///< Those that failed; `begin` tries again and reports.
+};
+
+/// Pages of one region by where they are.
+struct RegionStats {
+  std::size_t resident_bytes = 0;
+  std::size_t resident_pages = 0;
+  std::size_t pinned_pages = 0;
+};
+
+class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
+ public:
+  /// @param page_size  Bytes of a page; a power of two, at least 4096.
+  static std::shared_ptr<ManagedPager> create(std::shared_ptr<Device> device,
+                                              std::shared_ptr<Budget> budget,
+                                              std::size_t page_size);
+  ~ManagedPager() = default;
+  ManagedPager(const ManagedPager&) = delete;
+  ManagedPager& operator=(const ManagedPager&) = delete;
+
+  /// Reserves a region of `nbytes` (at least 1), nothing of it resident.
+  std::shared_ptr<Region> reserve(std::size_t nbytes, Access access);
+
+  /// Pins `pages`, loads what is missing, and orders `stream` after the loads.
+  /// @throws CapExceededError where they do not fit beside what is pinned; nothing is pinned then.
+  void begin(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  /// Unpins `pages` once the work given to `stream` so far has run.
+  void end(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+
+  /// As `begin` without pinning. @return bytes newly charged.
+  std::size_t prefetch(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  /// Asks for pages of a later step; returns at once. Errors surface when the pages are needed.
+  void prefetch_ahead(Region& region, const std::vector<PageIndex>& pages);
+  /// Drops those of `pages` that are resident and not pinned. @return bytes given back.
+  std::size_t evict(Region& region, const std::vector<PageIndex>& pages);
+  /// Blocks until the pager's thread has done what was asked so far, and its copies have ended.
+  void synchronize();
+
+  void set_schedule(Region& region, std::vector<std::vector<PageIndex>> steps);
+  /// The next occurrence of `step` begins now.
+  void advance(Region& region, StepIndex step);
+  /// Marks a region as being in use (its pages go after those of idle regions) or idle.
+  void set_active(Region& region, bool active);
+
+  PagerStats stats() const;
+  RegionStats region_stats(const Region& region) const;
+  Device& device() const noexcept { return *device_; }
+  std::size_t page_size() const noexcept { return page_size_; }
+
+ private:
+  friend class Region;
+  struct Victims {
+    Region* region;
+    std::vector<PageIndex> pages;
+  };
+  enum class Urgency : bool { kAhead, kDemand };
+
+  ManagedPager(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget,
+               std::size_t page_size);
+
+  // On the caller's thread.
+  using Work = std::function<std::size_t()>;
+  std::future<std::size_t> submit(Work work, TaskThread::Order order = TaskThread::Order::kBack);
+  std::future<std::size_t> submit_for(Region& region, Work work,
+                                      TaskThread::Order order = TaskThread::Order::kBack);
+  void pin(Region& region, const std::vector<PageIndex>& pages);
+  void unpin(Region& region, const std::vector<PageIndex>& pages);
+  std::size_t load_pinned(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  bool all_present(const Region& region, const std::vector<PageIndex>& pages) const;
+  void retire(Region& region) noexcept;
+
+  // On the pager's thread.
+  std::size_t load(Region& region, const std::vector<PageIndex>& pages, Urgency urgency);
+  void issue_load(Region& region, const std::vector<PageIndex>& pages);
+  bool make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency);
+  std::size_t drop(Region& region, const std::vector<PageIndex>& pages);
+
+  // With mutex_ held.
+  Victims choose_victims(Region& wanting, std::size_t nbytes, StepTime after, Urgency urgency);
+  CapExceededError refusal(const Region& region, std::size_t nbytes) const;
+  void touch(Region& region);
+
+  std::shared_ptr<Device> device_;
+  std::shared_ptr<Budget> budget_;
+  std::size_t page_size_;
+
+  mutable std::mutex mutex_;  // page tables, events and figures of all regions
+  std::condition_variable request_done_;
+  std::vector<Region*> regions_;
+  std::uint64_t activity_ = 0;
+  PagerStats stats_;
+
+  OwnedStream load_stream_;
+  OwnedStream evict_stream_;
+  TaskThread thread_{TaskThread::AtEnd::kDrop};  // last: it uses all the others
+};
+
+}  // namespace penstock

@@ -1,0 +1,1 @@
+"""Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed."""
