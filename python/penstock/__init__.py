@@ -1,1 +1,31 @@
 """Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed."""
+
+from penstock._core import __version__
+from penstock.binding import ParameterMovedWarning
+from penstock.errors import (
+    CapExceededError,
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    PenstockError,
+    ScheduleError,
+)
+from penstock.manager import MemoryManager
+from penstock.pager import Pager, Region
+from penstock.stats import ManagerStats, ModelStats
+
+__all__ = [
+    "CapExceededError",
+    "CheckpointError",
+    "DeviceError",
+    "ManagerStats",
+    "MemoryManager",
+    "ModelError",
+    "ModelStats",
+    "Pager",
+    "ParameterMovedWarning",
+    "PenstockError",
+    "Region",
+    "ScheduleError",
+    "__version__",
+]

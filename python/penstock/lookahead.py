@@ -1,0 +1,218 @@
+"""Running a model module by module: pages are fetched ahead of their use and free after it.
+
+A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
+end steps. The first call of each entry point (the outermost module called) is watched operation by
+operation: what a module reads of others' tensors is fetched, counted, and belongs to its step from
+then on. The order of steps is learned from every call; before the first it is that of registration.
+
+This is the small, first form of look-ahead. One model runs in one thread at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+
+from torch import nn
+
+from penstock.binding import Binding
+from penstock.errors import CapExceededError
+from penstock.observe import ReadObserver
+from penstock.pager import Pager, Region
+from penstock.sizes import format_bytes
+
+__all__ = ["LookAhead"]
+
+_LARGEST_BATCH = 256 << 20  # bytes asked for in one request: unified memory moves large ranges faster
+
+
+@dataclass
+class _Call:
+    """One call of a module that is under way."""
+
+    module: int
+    pages: list[list[int]] = field(default_factory=list)
+    observer: ReadObserver | None = None
+
+
+class LookAhead:
+    """Keeps the pages of a bound model ahead of its execution.
+
+    Parameters
+    ----------
+    name
+        The model's, for messages.
+    """
+
+    def __init__(self, name: str, binding: Binding, pager: Pager, region: Region) -> None:
+        self._name = name
+        self._binding = binding
+        self._pager = pager
+        self._region = region
+        self.unscheduled_reads = 0
+        self.passes = 0
+
+        self._modules = [module_name for module_name, _ in binding.module.named_modules()]
+        self._pages: list[set[int]] = [set() for _ in self._modules]
+        self._storages: dict[int, list[int]] = {}
+        ids = {id(module): i for i, module in enumerate(binding.module.modules())}
+        for placement, tensor in binding.placed():
+            pages = region.pages_of(placement.offset, placement.nbytes)
+            self._storages[tensor.untyped_storage().data_ptr()] = pages
+            for owner, _ in placement.slot.owners:
+                self._pages[ids[id(owner)]].update(pages)
+
+        self._orders: dict[int, list[int]] = {}  # by entry point: the modules called, in order
+        self._order = [i for i, pages in enumerate(self._pages) if pages]
+        self._follow(self._order)
+        self._calls: list[_Call] = []
+        self._called: list[int] = []
+        self._handles = [
+            handle
+            for i, module in enumerate(binding.module.modules())
+            for handle in (
+                module.register_forward_pre_hook(partial(self._enter, i), prepend=True),
+                module.register_forward_hook(partial(self._leave, i), always_call=True),
+            )
+        ]
+
+    @property
+    def steps(self) -> list[str]:
+        """Names of the modules in the order in which they are expected."""
+        return [self._modules[i] for i in self._order]
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        self.unwind()
+        for handle in self._handles:
+            handle.remove()
+
+    def start(self) -> None:
+        """Ask for pages from the beginning of the order, as far as there is room."""
+        self._position = -1
+        self._asked = 0
+        self._ask_ahead(self._pager.cap)
+
+    def unwind(self) -> None:
+        """End calls that an interrupt left open."""
+        while self._calls:
+            self._close(self._calls.pop())
+
+    # ---- hooks ---------------------------------------------------------------------------------
+
+    def _enter(self, index: int, module: nn.Module, args: object) -> None:
+        call = _Call(index)
+        if not self._calls:
+            self._enter_outermost(index, call)
+        self._calls.append(call)  # before what can fail: the other hook pops it in any case
+        if self._pages[index]:
+            self._called.append(index)
+            self._advance(index)
+            self._begin(call, sorted(self._pages[index]))
+            self._ask_ahead(self._window)
+
+    def _leave(self, index: int, module: nn.Module, args: object, output: object) -> None:
+        if not self._calls or self._calls[-1].module != index:
+            return  # unwound meanwhile
+        outermost = len(self._calls) == 1
+        self._close(self._calls.pop())
+        if outermost:
+            self.passes += 1
+            if self._called != self._orders.get(index):
+                self._orders[index] = self._called
+                self._follow(self._called)
+
+    def _enter_outermost(self, index: int, call: _Call) -> None:
+        self._binding.warn_if_moved()
+        self._called = []
+        if index not in self._orders:
+            call.observer = ReadObserver(self._storages, self._read)
+            call.observer.__enter__()
+        elif self._orders[index] is not self._order:
+            self._follow(self._orders[index])
+
+    def _close(self, call: _Call) -> None:
+        if call.observer is not None:
+            call.observer.__exit__(None, None, None)
+        error: Exception | None = None
+        for pages in call.pages:
+            try:
+                self._pager.core.end(self._region.core, pages, self._pager.stream())
+            except Exception as caught:
+                error = caught
+        if error is not None:
+            raise error
+
+    def _read(self, pages: set[int]) -> None:
+        held = {page for call in self._calls for pages in call.pages for page in pages}
+        unscheduled = sorted(pages - held)
+        if unscheduled:
+            call = self._calls[-1]
+            self.unscheduled_reads += 1
+            self._begin(call, unscheduled)
+            self._pages[call.module].update(unscheduled)
+            if call.module not in self._called:
+                self._called.append(call.module)
+
+    def _begin(self, call: _Call, pages: list[int]) -> None:
+        try:
+            self._pager.core.begin(self._region.core, pages, self._pager.stream())
+        except CapExceededError as error:
+            step = self._modules[call.module] or type(self._binding.module).__name__
+            size = format_bytes(len(pages) * self._region.core.page_size)
+            raise CapExceededError(
+                f"model {self._name!r}: step {step!r} reads {size} at once. {error}",
+                requested=error.requested,
+                cap=error.cap,
+                used=error.used,
+            ) from None
+        call.pages.append(pages)
+
+    # ---- order ---------------------------------------------------------------------------------
+
+    def _follow(self, order: list[int]) -> None:
+        """Expect the modules in this order, over and over."""
+        self._order = order
+        page_size = self._region.core.page_size
+        self._step_bytes = [len(self._pages[i]) * page_size for i in order]
+        self._bytes_before = [0, *accumulate(self._step_bytes)]
+        self._window = self._pager.cap // 2
+        self._batch = max(1, min(_LARGEST_BATCH, self._window // 4))
+        self._position = -1  # of the step that runs
+        self._asked = 0  # steps after it that were asked for
+        self._pager.core.set_schedule(
+            self._region.core, [sorted(self._pages[i]) for i in self._order]
+        )
+
+    def _advance(self, index: int) -> None:
+        """Move to the next place of a module in the order, if it has one."""
+        count = len(self._order)
+        for skipped in range(count):
+            place = (self._position + 1 + skipped) % count
+            if self._order[place] == index:
+                self._position = place
+                self._asked = max(0, self._asked - 1 - skipped)
+                self._pager.core.advance(self._region.core, place)
+                return
+
+    def _ask_ahead(self, window: int) -> None:
+        """Ask for the pages of the steps to come, a batch at a time, up to `window` bytes."""
+        count = len(self._order)
+        ahead = self._bytes_ahead()
+        while self._asked < count - 1 and ahead < window:
+            pages: set[int] = set()
+            nbytes = 0
+            while self._asked < count - 1 and nbytes < self._batch:
+                self._asked += 1
+                place = (self._position + self._asked) % count
+                pages.update(self._pages[self._order[place]])
+                nbytes += self._step_bytes[place]
+            ahead += nbytes
+            self._pager.core.prefetch_ahead(self._region.core, sorted(pages))
+
+    def _bytes_ahead(self) -> int:
+        first = self._position + 1
+        wraps, end = divmod(first + self._asked, max(1, len(self._order)))
+        before = self._bytes_before
+        return before[end] - before[first] + wraps * before[-1]

@@ -1,0 +1,54 @@
+"""Seeing which tensors operations really read, whoever calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["ReadObserver"]
+
+
+class ReadObserver(TorchDispatchMode):
+    """While active, calls back before each operation with the pages that it reads.
+
+    Parameters
+    ----------
+    pages
+        Pages by the address at which a tensor's storage begins.
+    on_read
+        Called with the pages, before the operation runs.
+    """
+
+    def __init__(
+        self, pages: Mapping[int, Sequence[int]], on_read: Callable[[set[int]], None]
+    ) -> None:
+        super().__init__()
+        self._pages = pages
+        self._on_read = on_read
+
+    def __torch_dispatch__(  # noqa: D102
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        read: set[int] = set()
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                read.update(self._pages.get(_storage_address(value), ()))
+        if read:
+            self._on_read(read)
+        return func(*args, **kwargs)
+
+
+def _storage_address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory of its own
+        return 0

@@ -1,0 +1,62 @@
+"""Byte counts as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+_UNITS = {
+    "B": 1,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Turn a size into bytes.
+
+    Parameters
+    ----------
+    size
+        Bytes, or a text such as `"8GiB"`, `"1.5 GB"` or `"4096"`. KiB, MiB, GiB and TiB are powers
+        of 1024; KB, MB, GB and TB are powers of 1000.
+
+    Returns
+    -------
+    int
+        Bytes, rounded down.
+
+    Raises
+    ------
+    ValueError
+        If the text is no size, or the size is not positive.
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        unit = _UNITS.get(match[2].upper() or "B") if match else None
+        if match is None or unit is None:
+            raise ValueError(f'{size!r} is not a size: write bytes, or a text such as "8GiB" or "1.5GB"')
+        size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+    elif isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"a size is an int or a str, not {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"a size is positive, not {size}")
+    return size
+
+
+def format_bytes(nbytes: int) -> str:
+    """Write bytes with the binary unit that fits, such as `1.50 GiB`."""
+    value = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{nbytes} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"

@@ -1,0 +1,187 @@
+"""Where the values of a module's tensors come from: matching names, checking shapes.
+
+A slot is one tensor of the module that needs a value, under all the names that share it. A plan
+pairs each slot with one tensor of the weights, or refuses with everything that does not match, as
+`load_state_dict` would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from penstock.checkpoint import TensorEntry, open_checkpoint
+from penstock.dtypes import torch_dtype, torch_shape
+from penstock.errors import CheckpointError
+from penstock.torch_checkpoint import TORCH_SUFFIXES, load_torch_checkpoint
+
+__all__ = ["Slot", "Source", "Weights", "find_slots", "match", "open_weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One tensor of the weights: an extent of a file, or a tensor in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    where: TensorEntry | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors that can be had, by name, and what they came from."""
+
+    origin: str
+    sources: Mapping[str, Source]
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tensor of a module that needs a value.
+
+    Parameters
+    ----------
+    names
+        Every name under which the module holds it; several if tied.
+    owners
+        For each name, the module that holds it and the last part of the name.
+    is_parameter
+        False for a persistent buffer.
+    shape
+        What the module made it with.
+    """
+
+    names: tuple[str, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
+    is_parameter: bool
+    shape: tuple[int, ...]
+
+    @property
+    def current(self) -> torch.Tensor:
+        """The tensor that the module holds now."""
+        module, name = self.owners[0]
+        held = (module._parameters if self.is_parameter else module._buffers)[name]
+        assert held is not None
+        return held
+
+
+def open_weights(weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> Weights:
+    """Find the tensors of a checkpoint, or take those of a state dict.
+
+    Parameters
+    ----------
+    weights
+        What `open_checkpoint` takes, a torch file, or tensors by name.
+
+    Raises
+    ------
+    CheckpointError
+        If there is nothing that can be read.
+    """
+    if isinstance(weights, Mapping):
+        return Weights("the given tensors", dict(_in_memory(weights)))
+    path = Path(weights)
+    if path.name.endswith(TORCH_SUFFIXES):
+        return Weights(str(path), dict(_in_memory(load_torch_checkpoint(path))))
+    return Weights(str(path), dict(_in_files(open_checkpoint(path).tensors)))
+
+
+def _in_memory(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Source]]:
+    for name, tensor in tensors.items():
+        yield name, Source(name, tensor.dtype, tuple(tensor.shape), tensor.detach())
+
+
+def _in_files(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Source]]:
+    for name, entry in entries.items():
+        shape = tuple(torch_shape(entry.dtype, entry.shape))
+        yield name, Source(name, torch_dtype(entry.dtype), shape, entry)
+
+
+def find_slots(module: nn.Module) -> list[Slot]:
+    """List the parameters and persistent buffers of a module, tied ones once, in its own order."""
+    slots: dict[int, Slot] = {}
+    for is_parameter in (True, False):
+        for prefix, owner in module.named_modules():
+            held = owner._parameters if is_parameter else owner._buffers
+            for name, tensor in held.items():
+                if tensor is None or name in owner._non_persistent_buffers_set:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                seen = slots.get(id(tensor))
+                slots[id(tensor)] = Slot(
+                    names=(*seen.names, full) if seen else (full,),
+                    owners=(*seen.owners, (owner, name)) if seen else ((owner, name),),
+                    is_parameter=is_parameter,
+                    shape=tuple(tensor.shape),
+                )
+    return list(slots.values())
+
+
+def match(
+    module: nn.Module, slots: list[Slot], weights: Weights, *, strict: bool
+) -> dict[int, Source]:
+    """Pair slots with weights.
+
+    A tied slot takes the last of its names that the weights have, as loading one after the other
+    would. Names of non-persistent buffers are no surprise in the weights: older versions of a model
+    saved them.
+
+    Parameters
+    ----------
+    strict
+        Whether names that the module lacks, and buffers that the weights lack, are an error. A
+        parameter without a value is an error in any case.
+
+    Returns
+    -------
+    dict
+        The source of each slot, by the slot's index.
+
+    Raises
+    ------
+    CheckpointError
+        With all missing, unexpected and misshaped names at once.
+    """
+    pairs: dict[int, Source] = {}
+    problems: list[str] = []
+    missing: list[str] = []
+    for index, slot in enumerate(slots):
+        found = [weights.sources[name] for name in slot.names if name in weights.sources]
+        if found:
+            pairs[index] = found[-1]
+        elif strict or slot.is_parameter:
+            missing.append(slot.names[0])
+        problems += [
+            f"size mismatch for {source.name}: the weights have {list(source.shape)}, "
+            f"the model has {list(slot.shape)}"
+            for source in found
+            if source.shape != slot.shape
+        ]
+    known = {name for slot in slots for name in slot.names}
+    known.update(name for name, _ in module.named_buffers())
+    unexpected = [name for name in weights.sources if name not in known] if strict else []
+    if unexpected:
+        problems.insert(0, f"{len(unexpected)} unexpected: {_listed(unexpected)}")
+    if missing:
+        problems.insert(0, f"{len(missing)} missing: {_listed(missing)}")
+    if problems:
+        remedy = (
+            "Pass the checkpoint of this model; strict=False lets unexpected names and missing "
+            "buffers pass"
+        )
+        lines = "\n  ".join(problems)
+        raise CheckpointError(
+            f"{weights.origin} does not fit {type(module).__name__}:\n  {lines}\n{remedy}."
+        )
+    return pairs
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
