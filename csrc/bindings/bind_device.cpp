@@ -31,7 +31,8 @@ void bind_device(py::module_& module) {
       .def_readonly("driver_version", &DeviceInfo::driver_version)
       .def_readonly("runtime_version", &DeviceInfo::runtime_version);
 
-  py::class_<MemoryInfo>(module, "MemoryInfo", "Physical memory in bytes, as the system reports it.")
+  py::class_<MemoryInfo>(module, "MemoryInfo",
+                         "Physical memory in bytes, as the system reports it.")
       .def_readonly("free_bytes", &MemoryInfo::free_bytes)
       .def_readonly("total_bytes", &MemoryInfo::total_bytes);
 

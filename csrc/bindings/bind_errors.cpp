@@ -1,8 +1,8 @@
 // Errors of the core become the classes of the same name in penstock.errors, with their figures.
+#include <pybind11/stl/filesystem.h>
+
 #include <filesystem>
 #include <utility>
-
-#include <pybind11/stl/filesystem.h>
 
 #include "bindings/bindings.hpp"
 #include "error/error.hpp"
@@ -23,7 +23,7 @@ void raise(const char* class_name, const Error& error, Figures... figures) {
 }  // namespace
 
 void bind_errors(py::module_& /*module*/) {
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     using py::literals::operator""_a;
     try {
       if (pointer) std::rethrow_exception(pointer);

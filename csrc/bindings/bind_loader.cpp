@@ -16,8 +16,7 @@ using ExtentTuple = std::tuple<std::size_t, std::uint64_t, std::size_t, std::siz
 
 std::unique_ptr<FillJob> start_fill(std::shared_ptr<Region> region,
                                     const std::vector<std::string>& paths,
-                                    const std::vector<ExtentTuple>& extents,
-                                    std::size_t threads) {
+                                    const std::vector<ExtentTuple>& extents, std::size_t threads) {
   std::vector<Extent> typed;
   typed.reserve(extents.size());
   for (const auto& [file, file_offset, region_offset, nbytes] : extents) {

@@ -12,7 +12,9 @@ namespace penstock {
 namespace {
 
 // Streams cross as integers, the way torch.cuda.Stream.cuda_stream gives them.
-StreamHandle stream_of(std::uintptr_t stream) { return {reinterpret_cast<void*>(stream)}; }
+StreamHandle stream_of(std::uintptr_t stream) {
+  return {reinterpret_cast<void*>(stream)};
+}
 
 }  // namespace
 
@@ -39,8 +41,8 @@ void bind_pager(py::module_& module) {
       .def_readonly("resident_pages", &RegionStats::resident_pages)
       .def_readonly("pinned_pages", &RegionStats::pinned_pages);
 
-  py::class_<Region, std::shared_ptr<Region>>(
-      module, "Region", "One range of device addresses, divided into pages.")
+  py::class_<Region, std::shared_ptr<Region>>(module, "Region",
+                                              "One range of device addresses, divided into pages.")
       .def_property_readonly(
           "address",
           [](const Region& region) { return reinterpret_cast<std::uintptr_t>(region.address()); })

@@ -1,5 +1,5 @@
-// The Python face of the core: one function for each room, called by the module's initializer. Names
-// are those of C++. Calls that may wait or do device work release the GIL.
+// The Python face of the core: one function for each room, called by the module's initializer.
+// Names are those of C++. Calls that may wait or do device work release the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -26,9 +26,13 @@ std::string refusal(const BudgetStats& stats, std::size_t nbytes) {
 
 }  // namespace
 
-const char* tag_name(Tag tag) noexcept { return kTagNames[static_cast<std::size_t>(tag)]; }
+const char* tag_name(Tag tag) noexcept {
+  return kTagNames[static_cast<std::size_t>(tag)];
+}
 
-Budget::Budget(std::size_t cap) { stats_.cap = cap; }
+Budget::Budget(std::size_t cap) {
+  stats_.cap = cap;
+}
 
 void Budget::add(Tag tag, std::size_t nbytes) {
   const auto i = static_cast<std::size_t>(tag);

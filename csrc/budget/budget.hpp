@@ -26,11 +26,11 @@ const char* tag_name(Tag tag) noexcept;
 /// One consistent reading of the ledger. All figures are in bytes but `refused`.
 struct BudgetStats {
   std::size_t cap = 0;
-  std::size_t used = 0;                          ///< Sum of `used_by_tag`; never above `cap`.
-  std::size_t peak = 0;                          ///< Largest `used` since the last reset.
+  std::size_t used = 0;  ///< Sum of `used_by_tag`; never above `cap`.
+  std::size_t peak = 0;  ///< Largest `used` since the last reset.
   std::array<std::size_t, kTagCount> used_by_tag{};
   std::array<std::size_t, kTagCount> peak_by_tag{};
-  std::uint64_t refused = 0;                     ///< Charges that did not fit (waits that gave up too).
+  std::uint64_t refused = 0;  ///< Charges that did not fit (waits that gave up too).
 };
 
 class Budget {

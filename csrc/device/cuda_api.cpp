@@ -16,7 +16,9 @@ cudaMemLocation location_of(int location) {
   return result;
 }
 #else
-int location_of(int location) { return location == kHostLocation ? cudaCpuDeviceId : location; }
+int location_of(int location) {
+  return location == kHostLocation ? cudaCpuDeviceId : location;
+}
 #endif
 
 template <typename Function>

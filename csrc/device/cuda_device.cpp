@@ -13,28 +13,34 @@ using cuda_api::driver;
 
 namespace {
 
-// Selects a GPU for the calling thread and puts the thread's own choice back.
+// Selects a GPU for the calling thread and puts the thread's own choice back. Always sets it, since
+// that is what makes the GPU's primary context current, which driver calls need.
 class SelectDevice {
  public:
-  explicit SelectDevice(int ordinal) {
+  explicit SelectDevice(int ordinal) : ordinal_(ordinal) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    changed_ = previous_ != ordinal;
-    if (changed_) check(cudaSetDevice(ordinal), "cudaSetDevice");
+    check(cudaSetDevice(ordinal), "cudaSetDevice");
   }
   ~SelectDevice() {
-    if (changed_) static_cast<void>(cudaSetDevice(previous_));  // it was valid a moment ago
+    if (previous_ != ordinal_) static_cast<void>(cudaSetDevice(previous_));  // it was valid
   }
   SelectDevice(const SelectDevice&) = delete;
   SelectDevice& operator=(const SelectDevice&) = delete;
 
  private:
+  int ordinal_;
   int previous_ = 0;
-  bool changed_ = false;
 };
 
-cudaStream_t native(StreamHandle stream) { return static_cast<cudaStream_t>(stream.value); }
-cudaEvent_t native(EventHandle event) { return static_cast<cudaEvent_t>(event.value); }
-CUdeviceptr native(const void* address) { return reinterpret_cast<CUdeviceptr>(address); }
+cudaStream_t native(StreamHandle stream) {
+  return static_cast<cudaStream_t>(stream.value);
+}
+cudaEvent_t native(EventHandle event) {
+  return static_cast<cudaEvent_t>(event.value);
+}
+CUdeviceptr native(const void* address) {
+  return reinterpret_cast<CUdeviceptr>(address);
+}
 
 CUmemAllocationProp frame_properties(int ordinal) {
   CUmemAllocationProp properties{};
@@ -145,7 +151,7 @@ bool CudaDevice::event_done(EventHandle event) {
   return true;
 }
 
-void* CudaDevice::managed_reserve(std::size_t nbytes, Access access) {
+void* CudaDevice::managed_reserve(std::size_t nbytes, Access /*access*/) {
   if (!info_.no_managed_reason.empty()) {
     throw DeviceError("managed_reserve", 0, info_.no_managed_reason);
   }
@@ -155,9 +161,6 @@ void* CudaDevice::managed_reserve(std::size_t nbytes, Access access) {
   try {
     cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetPreferredLocation,
                          cuda_api::kHostLocation);
-    if (access == Access::kReadMostly) {
-      cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
-    }
   } catch (...) {
     static_cast<void>(cudaFree(address));  // the error under way says more
     throw;
@@ -177,6 +180,11 @@ void CudaDevice::managed_read(void* address, const File& file, std::uint64_t off
 
 void CudaDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   std::memcpy(address, source, nbytes);
+}
+
+void CudaDevice::managed_seal(void* address, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
 }
 
 void CudaDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
@@ -208,6 +216,7 @@ void* CudaDevice::address_reserve(std::size_t nbytes) {
 }
 
 void CudaDevice::address_release(void* address, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
   check(driver().address_free(native(address), nbytes), "cuMemAddressFree");
 }
 
@@ -220,6 +229,7 @@ FrameHandle CudaDevice::frame_create(std::size_t nbytes) {
 }
 
 void CudaDevice::frame_release(FrameHandle frame) {
+  const SelectDevice selected(info_.ordinal);
   check(driver().release(frame.value), "cuMemRelease");
 }
 
@@ -236,6 +246,7 @@ void CudaDevice::map(void* address, FrameHandle frame, std::size_t nbytes) {
 }
 
 void CudaDevice::unmap(void* address, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
   check(driver().unmap(native(address), nbytes), "cuMemUnmap");
 }
 

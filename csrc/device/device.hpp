@@ -1,6 +1,6 @@
 // The device is everything that Penstock asks of the hardware: streams and events, managed memory,
-// frames and the addresses they are mapped under, copies. It is the only room with CUDA calls; above
-// it nothing knows whether it runs on a GPU (CudaDevice), on the operating system's memory
+// frames and the addresses they are mapped under, copies. It is the only room with CUDA calls;
+// above it nothing knows whether it runs on a GPU (CudaDevice), on the operating system's memory
 // (HostDevice), or under a test that makes a call fail (FaultyDevice, around either).
 //
 // Both ways of putting memory under a region are here. Managed: one range whose pages the device
@@ -101,6 +101,9 @@ class Device {
                             std::size_t nbytes) = 0;
   /// Puts `nbytes` of host memory at `address` without making the range resident.
   virtual void managed_write(void* address, const void* source, std::size_t nbytes) = 0;
+  /// Declares that the range holds its bytes and will mostly be read; needed once, before the first
+  /// prefetch of a kReadMostly range. Filling is many times faster before than after it.
+  virtual void managed_seal(void* address, std::size_t nbytes) = 0;
   /// Makes the range resident, as work of `stream`.
   virtual void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) = 0;
   /// Takes the range off the device, keeping its bytes; complete when `stream` is. The caller sees

@@ -9,7 +9,9 @@ namespace penstock {
 
 FaultyDevice::FaultyDevice(std::shared_ptr<Device> inner) : inner_(std::move(inner)) {}
 
-void FaultyDevice::fail_nth_call(std::uint64_t nth) { fail_nth_call_of("", nth); }
+void FaultyDevice::fail_nth_call(std::uint64_t nth) {
+  fail_nth_call_of("", nth);
+}
 
 void FaultyDevice::fail_nth_call_of(const std::string& name, std::uint64_t nth) {
   const std::lock_guard lock(mutex_);
@@ -115,6 +117,10 @@ void FaultyDevice::managed_write(void* address, const void* source, std::size_t 
   enter("managed_write");
   inner_->managed_write(address, source, nbytes);
 }
+void FaultyDevice::managed_seal(void* address, std::size_t nbytes) {
+  enter("managed_seal");
+  inner_->managed_seal(address, nbytes);
+}
 void FaultyDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
   enter("managed_prefetch");
   inner_->managed_prefetch(address, nbytes, stream);
@@ -124,8 +130,7 @@ void FaultyDevice::managed_evict(void* address, std::size_t nbytes, Access acces
   enter("managed_evict");
   inner_->managed_evict(address, nbytes, access, stream);
 }
-std::optional<std::size_t> FaultyDevice::managed_resident(const void* address,
-                                                          std::size_t nbytes) {
+std::optional<std::size_t> FaultyDevice::managed_resident(const void* address, std::size_t nbytes) {
   enter("managed_resident");
   return inner_->managed_resident(address, nbytes);
 }
@@ -161,8 +166,7 @@ void FaultyDevice::pinned_free(void* address, std::size_t nbytes) {
   inner_->pinned_free(address, nbytes);
   enter("pinned_free");
 }
-void FaultyDevice::copy(void* target, const void* source, std::size_t nbytes,
-                        StreamHandle stream) {
+void FaultyDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {
   enter("copy");
   inner_->copy(target, source, nbytes, stream);
 }

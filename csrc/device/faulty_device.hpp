@@ -1,7 +1,7 @@
 // A device around another one that fails or delays calls on demand: how tests show that every error
 // path leaves the ledger balanced and the manager usable, and how races are provoked. Calls are
-// named as in Device ("managed_prefetch") and counted. A failing call is not passed on, but for those
-// that give a handle back: these pass it on first, so that a test leaks nothing. Thread-safe.
+// named as in Device ("managed_prefetch") and counted. A failing call is not passed on, but for
+// those that give a handle back: these pass it on first, so that a test leaks nothing. Thread-safe.
 #pragma once
 
 #include <chrono>
@@ -46,6 +46,7 @@ class FaultyDevice : public Device {
   void managed_read(void* address, const File& file, std::uint64_t offset,
                     std::size_t nbytes) override;
   void managed_write(void* address, const void* source, std::size_t nbytes) override;
+  void managed_seal(void* address, std::size_t nbytes) override;
   void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_evict(void* address, std::size_t nbytes, Access access,
                      StreamHandle stream) override;

@@ -17,7 +17,7 @@ File::File(std::string path) : path_(std::move(path)) {
   if (descriptor_ < 0) {
     throw CheckpointError("cannot open " + path_ + ": " + std::strerror(errno), path_, 0);
   }
-  struct stat status {};
+  struct stat status{};
   const bool known = ::fstat(descriptor_, &status) == 0;
   if (!known || !S_ISREG(status.st_mode)) {
     const std::string reason = known ? "not a regular file" : std::strerror(errno);
@@ -27,7 +27,9 @@ File::File(std::string path) : path_(std::move(path)) {
   size_ = static_cast<std::uint64_t>(status.st_size);
 }
 
-File::~File() { ::close(descriptor_); }
+File::~File() {
+  ::close(descriptor_);
+}
 
 void File::read(void* target, std::uint64_t offset, std::size_t nbytes) const {
   auto* bytes = static_cast<char*>(target);

@@ -25,7 +25,9 @@ std::shared_ptr<HostEvent>& event_of(EventHandle event) {
   return *static_cast<std::shared_ptr<HostEvent>*>(event.value);
 }
 
-HostStream* stream_of(StreamHandle stream) { return static_cast<HostStream*>(stream.value); }
+HostStream* stream_of(StreamHandle stream) {
+  return static_cast<HostStream*>(stream.value);
+}
 
 void submit(StreamHandle stream, std::function<void()> task) {
   if (HostStream* worker = stream_of(stream)) {
@@ -106,9 +108,13 @@ void HostDevice::event_wait(StreamHandle stream, EventHandle event) {
   }
 }
 
-void HostDevice::event_synchronize(EventHandle event) { event_of(event)->wait(); }
+void HostDevice::event_synchronize(EventHandle event) {
+  event_of(event)->wait();
+}
 
-bool HostDevice::event_done(EventHandle event) { return event_of(event)->done(); }
+bool HostDevice::event_done(EventHandle event) {
+  return event_of(event)->done();
+}
 
 void* HostDevice::managed_reserve(std::size_t nbytes, Access /*access*/) {
   return managed_.reserve(nbytes);
@@ -126,6 +132,8 @@ void HostDevice::managed_read(void* address, const File& file, std::uint64_t off
 void HostDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   managed_.write(address, source, nbytes);
 }
+
+void HostDevice::managed_seal(void* /*address*/, std::size_t /*nbytes*/) {}
 
 void HostDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
   submit(stream, [this, address, nbytes] { managed_.populate(address, nbytes); });

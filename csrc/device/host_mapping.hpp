@@ -32,7 +32,8 @@ inline void map_fixed(void* address, std::size_t nbytes, int protection, int fla
 /// Addresses without memory behind them, aligned as asked; the caller unmaps them.
 inline void* reserve_addresses(std::size_t nbytes, std::size_t alignment) {
   const std::size_t padded = nbytes + alignment;
-  void* raw = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* raw =
+      ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) throw system_error("mmap", errno);
   const auto start = reinterpret_cast<std::uintptr_t>(raw);
   const std::uintptr_t aligned = round_up(start, alignment);

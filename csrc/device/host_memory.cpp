@@ -31,7 +31,7 @@ constexpr std::size_t kAlignment = std::size_t{2} << 20;  // the largest folio t
 constexpr std::size_t kCopyChunk = std::size_t{1} << 20;
 
 bool on_disk(const std::string& directory) {
-  struct statfs status {};
+  struct statfs status{};
   if (::statfs(directory.c_str(), &status) != 0) return false;
   const auto type = static_cast<unsigned long>(status.f_type);
   return type != TMPFS_MAGIC && type != RAMFS_MAGIC && ::access(directory.c_str(), W_OK) == 0;
@@ -56,8 +56,8 @@ void allocate_space(int descriptor, std::size_t nbytes, const std::string& direc
   if (::ftruncate(descriptor, size) != 0) throw system_error("ftruncate", errno);
   if (::fallocate(descriptor, 0, 0, size) == 0 || errno == EOPNOTSUPP) return;
   throw DeviceError("fallocate", errno,
-                    "no room for " + format_bytes(nbytes) + " of spill file in " + directory + ": " +
-                        std::strerror(errno) +
+                    "no room for " + format_bytes(nbytes) + " of spill file in " + directory +
+                        ": " + std::strerror(errno) +
                         ". Free disk space, or set PENSTOCK_SPILL_DIR to another disk");
 }
 
@@ -77,11 +77,12 @@ void write_all(int descriptor, const char* source, std::uint64_t offset, std::si
 }  // namespace
 
 std::string spill_directory() {
-  if (const char* chosen = std::getenv("PENSTOCK_SPILL_DIR"); chosen != nullptr && *chosen != '\0') {
+  if (const char* chosen = std::getenv("PENSTOCK_SPILL_DIR");
+      chosen != nullptr && *chosen != '\0') {
     if (::access(chosen, W_OK) != 0) {
-      throw DeviceError("access", errno,
-                        std::string("PENSTOCK_SPILL_DIR is ") + chosen + ": " +
-                            std::strerror(errno));
+      throw DeviceError(
+          "access", errno,
+          std::string("PENSTOCK_SPILL_DIR is ") + chosen + ": " + std::strerror(errno));
     }
     return chosen;
   }

@@ -1,8 +1,8 @@
 // Streams and events of the host device. A HostStream is a thread that runs its tasks in order; a
 // HostEvent stands for a point in that order. As on a GPU, submitting returns at once and
-// the outcome is seen later: the first task that throws makes the tasks behind it skip, and the next
-// event recorded on the stream carries the error to whoever waits for it. The stream then works
-// again.
+// the outcome is seen later: the first task that throws makes the tasks behind it skip, and the
+// next event recorded on the stream carries the error to whoever waits for it. The stream then
+// works again.
 #pragma once
 
 #include <condition_variable>

@@ -57,9 +57,9 @@ std::shared_ptr<Device> open_device(const std::string& name) {
   }
   const int count = cuda_device_count();
   if (ordinal >= count) {
-    const std::string reason = count == 0 ? no_cuda_reason()
-                                          : "this process sees " + std::to_string(count) +
-                                                " CUDA device(s)";
+    const std::string reason =
+        count == 0 ? no_cuda_reason()
+                   : "this process sees " + std::to_string(count) + " CUDA device(s)";
     throw DeviceError("open_device(\"" + name + "\")", ordinal,
                       reason + ". Use device=\"cpu\", or make the GPU visible");
   }

@@ -11,7 +11,8 @@ namespace penstock {
 /// Whether this build has the CUDA device in it.
 bool built_with_cuda() noexcept;
 
-/// Number of CUDA devices that this process can use; 0 without a driver, a GPU, or CUDA in the build.
+/// Number of CUDA devices that this process can use; 0 without a driver, a GPU, or CUDA in the
+/// build.
 int cuda_device_count() noexcept;
 
 /// Why `cuda_device_count()` is 0; empty if it is not.

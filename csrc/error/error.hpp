@@ -1,7 +1,7 @@
-// The errors of Penstock. Every failure that a caller can act on is one of these types; each carries
-// its figures as members and a complete message (what was asked for, the numbers, the remedy). They
-// cross into Python as the classes of the same name in penstock.errors. Wrong arguments are
-// std::invalid_argument and std::out_of_range, as everywhere in C++.
+// The errors of Penstock. Every failure that a caller can act on is one of these types; each
+// carries its figures as members and a complete message (what was asked for, the numbers, the
+// remedy). They cross into Python as the classes of the same name in penstock.errors. Wrong
+// arguments are std::invalid_argument and std::out_of_range, as everywhere in C++.
 #pragma once
 
 #include <cstddef>

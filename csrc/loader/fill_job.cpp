@@ -49,14 +49,18 @@ FillJob::FillJob(std::shared_ptr<Region> region, const std::vector<std::string>&
   }
 }
 
-FillJob::~FillJob() { join(); }
+FillJob::~FillJob() {
+  join();
+}
 
 void FillJob::join() noexcept {
   cancel();
   for (auto& thread : threads_) thread.join();
 }
 
-void FillJob::cancel() noexcept { stop_ = true; }
+void FillJob::cancel() noexcept {
+  stop_ = true;
+}
 
 void FillJob::read_pieces() {
   std::exception_ptr error;

@@ -23,7 +23,9 @@ constexpr const char* name(PageState state) {
   return "unknown";
 }
 
-std::size_t slot(PageState state) { return static_cast<std::size_t>(state); }
+std::size_t slot(PageState state) {
+  return static_cast<std::size_t>(state);
+}
 
 }  // namespace
 
@@ -31,7 +33,9 @@ PageTable::PageTable(std::size_t page_count) : pages_(page_count), counts_(4, 0)
   counts_[slot(PageState::kAbsent)] = page_count;
 }
 
-std::size_t PageTable::count(PageState state) const noexcept { return counts_[slot(state)]; }
+std::size_t PageTable::count(PageState state) const noexcept {
+  return counts_[slot(state)];
+}
 
 PageTable::VictimKey PageTable::key(PageIndex page) const {
   // Complements turn "largest next use" and "highest index" into ascending order.

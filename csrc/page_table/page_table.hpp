@@ -1,7 +1,7 @@
 // The page table knows, for every page of one region, its state, who has it pinned, when it was
-// used last and when the schedule uses it next. It decides which pages go when room is needed. It is
-// pure bookkeeping: no device, no clock, no locks (its owner locks), and the same calls always give
-// the same answers.
+// used last and when the schedule uses it next. It decides which pages go when room is needed. It
+// is pure bookkeeping: no device, no clock, no locks (its owner locks), and the same calls always
+// give the same answers.
 //
 // States, and the calls that change them (all others throw ScheduleError):
 //

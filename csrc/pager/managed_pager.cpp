@@ -94,9 +94,12 @@ std::shared_ptr<Region> ManagedPager::reserve(std::size_t nbytes, Access access)
   return region;
 }
 
-void ManagedPager::touch(Region& region) { region.last_activity_ = ++activity_; }
+void ManagedPager::touch(Region& region) {
+  region.last_activity_ = ++activity_;
+}
 
-// ---- on the caller's thread ----------------------------------------------------------------------
+// ---- on the caller's thread
+// ----------------------------------------------------------------------
 
 std::future<std::size_t> ManagedPager::submit(Work work, TaskThread::Order order) {
   const auto task = std::make_shared<std::packaged_task<std::size_t()>>(std::move(work));
@@ -330,7 +333,8 @@ void ManagedPager::retire(Region& region) noexcept {
   budget_->release(Tag::kWeights, charged);
 }
 
-// ---- on the pager's thread -----------------------------------------------------------------------
+// ---- on the pager's thread
+// -----------------------------------------------------------------------
 
 std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wanted,
                                Urgency urgency) {
@@ -380,6 +384,10 @@ std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wan
 
 void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& pages) {
   if (pages.empty()) return;
+  if (!region.sealed_ && region.access() == Access::kReadMostly) {
+    device_->managed_seal(region.address(), region.nbytes());
+    region.sealed_ = true;
+  }
   const auto ready = std::make_shared<OwnedEvent>(device_);
   try {
     for_each_run(pages, [&](PageIndex first, std::size_t count) {
@@ -477,14 +485,14 @@ std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wan
   return nbytes;
 }
 
-// ---- with mutex_ held ----------------------------------------------------------------------------
+// ---- with mutex_ held
+// ----------------------------------------------------------------------------
 
 ManagedPager::Victims ManagedPager::choose_victims(Region& wanting, std::size_t nbytes,
                                                    StepTime after, Urgency urgency) {
   std::vector<Region*> order = regions_;
-  std::sort(order.begin(), order.end(), [](const Region* a, const Region* b) {
-    return a->last_activity_ < b->last_activity_;
-  });
+  std::sort(order.begin(), order.end(),
+            [](const Region* a, const Region* b) { return a->last_activity_ < b->last_activity_; });
   // Idle regions first, then the wanting one, then what others are using.
   const auto rank = [&](const Region* region) {
     if (region == &wanting) return 1;

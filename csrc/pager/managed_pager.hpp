@@ -4,9 +4,10 @@
 //
 // Using pages: `begin` pins them, sees to it that they are resident and orders the caller's stream
 // after their loads; `end` records that the stream's work so far was the last to read them, and
-// unpins. Between the two they cannot be evicted. `prefetch_ahead` asks for pages of later steps and
-// never waits: it takes free room, pages of idle regions, and pages of its own region whose next use
-// is later than the use it prefetches for; otherwise it does nothing, and `begin` loads them then.
+// unpins. Between the two they cannot be evicted. `prefetch_ahead` asks for pages of later steps
+// and never waits: it takes free room, pages of idle regions, and pages of its own region whose
+// next use is later than the use it prefetches for; otherwise it does nothing, and `begin` loads
+// them then.
 //
 // Threads: all functions are thread-safe. Loading and evicting happen on one thread of the pager's
 // own (the calls block for a good part of the transfer), in two streams, one for each direction;
@@ -40,11 +41,11 @@ namespace penstock {
 struct PagerStats {
   std::uint64_t loaded_bytes = 0;
   std::uint64_t evicted_bytes = 0;
-  std::uint64_t hits = 0;           ///< Calls of `begin` that found all their pages loaded or under way.
-  std::uint64_t demand_loads = 0;   ///< Calls of `begin` that had to load.
-  std::uint64_t ahead_loads = 0;    ///< Calls of `prefetch_ahead` that loaded.
-  std::uint64_t ahead_declined = 0; ///< Those that found no room worth taking.
-  std::uint64_t ahead_failed = 0;   ///< Those that failed; `begin` tries again and reports.
+  std::uint64_t hits = 0;  ///< Calls of `begin` that found all their pages loaded or under way.
+  std::uint64_t demand_loads = 0;    ///< Calls of `begin` that had to load.
+  std::uint64_t ahead_loads = 0;     ///< Calls of `prefetch_ahead` that loaded.
+  std::uint64_t ahead_declined = 0;  ///< Those that found no room worth taking.
+  std::uint64_t ahead_failed = 0;    ///< Those that failed; `begin` tries again and reports.
 };
 
 /// Pages of one region by where they are.

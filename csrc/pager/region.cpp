@@ -19,7 +19,9 @@ Region::Region(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> devi
       table_((nbytes + page_size - 1) / page_size),
       events_(table_.page_count()) {}
 
-Region::~Region() { pager_->retire(*this); }
+Region::~Region() {
+  pager_->retire(*this);
+}
 
 std::size_t Region::page_nbytes(PageIndex page) const noexcept {
   const std::size_t start = std::size_t{page} * page_size_;
@@ -28,9 +30,9 @@ std::size_t Region::page_nbytes(PageIndex page) const noexcept {
 
 std::vector<PageIndex> Region::pages_of(std::size_t start, std::size_t nbytes) const {
   if (start > nbytes_ || nbytes > nbytes_ - start) {
-    throw std::out_of_range("bytes [" + std::to_string(start) + ", " +
-                            std::to_string(start) + " + " + std::to_string(nbytes) +
-                            ") leave the region of " + std::to_string(nbytes_) + " bytes");
+    throw std::out_of_range("bytes [" + std::to_string(start) + ", " + std::to_string(start) +
+                            " + " + std::to_string(nbytes) + ") leave the region of " +
+                            std::to_string(nbytes_) + " bytes");
   }
   std::vector<PageIndex> pages;
   if (nbytes == 0) return pages;

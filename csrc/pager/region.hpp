@@ -43,7 +43,7 @@ class Region {
 
   // Who must be waited for before a page may be read, and before it may be dropped.
   struct PageEvents {
-    Event ready;                                  // its load; null: nothing to wait for
+    Event ready;                                   // its load; null: nothing to wait for
     std::vector<std::pair<void*, Event>> readers;  // the last use on each stream
   };
 
@@ -60,6 +60,7 @@ class Region {
 
   PageTable table_;
   std::vector<PageEvents> events_;
+  bool sealed_ = false;              // touched by the pager's thread only
   std::size_t pending_ = 0;          // requests the pager's thread has not finished
   bool active_ = false;              // in use: others take its pages only when they must
   std::uint64_t last_activity_ = 0;  // of the region as a whole

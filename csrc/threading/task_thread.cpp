@@ -40,7 +40,9 @@ TaskThread::~TaskThread() {
   queue_->thread.join();
 }
 
-bool TaskThread::in_owner_process() const noexcept { return owner_ == ::getpid(); }
+bool TaskThread::in_owner_process() const noexcept {
+  return owner_ == ::getpid();
+}
 
 void TaskThread::submit(Task task, Order order) {
   if (!in_owner_process()) {

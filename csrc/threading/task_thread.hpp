@@ -1,7 +1,7 @@
-// A thread that runs tasks in the order in which they were given: the engine under the host device's
-// streams and the pager's worker. After fork() the child has a copy of this object but no thread:
-// submitting there throws instead of waiting for ever, and destroying leaks the queue, whose locks
-// the missing thread may hold. Thread-safe.
+// A thread that runs tasks in the order in which they were given: the engine under the host
+// device's streams and the pager's worker. After fork() the child has a copy of this object but no
+// thread: submitting there throws instead of waiting for ever, and destroying leaks the queue,
+// whose locks the missing thread may hold. Thread-safe.
 #pragma once
 
 #include <sys/types.h>

@@ -109,8 +109,9 @@ def _chunks(placement: Placement) -> Iterator[torch.Tensor]:
         yield from _file_chunks(where, placement.source.dtype)
         return
     flat = where.contiguous().reshape(-1)
-    for part in flat.split(max(1, _CHUNK // flat.element_size())):
-        yield part.cpu()
+    elements = max(1, _CHUNK // flat.element_size())
+    for first in range(0, flat.numel(), elements):
+        yield flat[first : first + elements].cpu()
 
 
 def _file_chunks(entry: TensorEntry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -121,7 +122,7 @@ def _file_chunks(entry: TensorEntry, dtype: torch.dtype) -> Iterator[torch.Tenso
             chunk = bytearray(min(_CHUNK, left))
             if file.readinto(chunk) != len(chunk):
                 raise CheckpointError(
-                    f"{entry.path} ended while {entry.name!r} was read: {left} more bytes are needed",
+                    f"{entry.path} ended inside {entry.name!r}: {left} more bytes are needed",
                     path=entry.path,
                     tensor=entry.name,
                     offset=entry.offset + entry.nbytes - left,

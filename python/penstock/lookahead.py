@@ -24,7 +24,7 @@ from penstock.sizes import format_bytes
 
 __all__ = ["LookAhead"]
 
-_LARGEST_BATCH = 256 << 20  # bytes asked for in one request: unified memory moves large ranges faster
+_LARGEST_BATCH = 256 << 20  # bytes in one request: unified memory moves large ranges faster
 
 
 @dataclass
@@ -128,13 +128,13 @@ class LookAhead:
         self._called = []
         if index not in self._orders:
             call.observer = ReadObserver(self._storages, self._read)
-            call.observer.__enter__()
+            call.observer.__enter__()  # type: ignore[no-untyped-call]
         elif self._orders[index] is not self._order:
             self._follow(self._orders[index])
 
     def _close(self, call: _Call) -> None:
         if call.observer is not None:
-            call.observer.__exit__(None, None, None)
+            call.observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         error: Exception | None = None
         for pages in call.pages:
             try:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 __all__ = ["ReadObserver"]
 
 
-class ReadObserver(TorchDispatchMode):
+class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, calls back before each operation with the pages that it reads.
 
     Parameters
@@ -26,11 +26,11 @@ class ReadObserver(TorchDispatchMode):
     def __init__(
         self, pages: Mapping[int, Sequence[int]], on_read: Callable[[set[int]], None]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pages = pages
         self._on_read = on_read
 
-    def __torch_dispatch__(  # noqa: D102
+    def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401
         types: Any,  # noqa: ANN401

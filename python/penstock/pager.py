@@ -13,7 +13,7 @@ from penstock.sizes import parse_bytes
 __all__ = ["Pager", "Region", "open_device"]
 
 PAGE_SIZE = 2 << 20
-"""Bytes of a page: the unit in which GPU drivers migrate, and the largest that a kernel maps whole."""
+"""Bytes of a page: what GPU drivers migrate at once, and the largest that a kernel maps whole."""
 
 
 def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device, torch.device]:
@@ -22,8 +22,8 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
     Parameters
     ----------
     device
-        `"cpu"`, `"cuda"`, `"cuda:N"`, a torch.device, or `"auto"`: CUDA where there is any. A device
-        of the core is taken as it is.
+        `"cpu"`, `"cuda"`, `"cuda:N"`, a torch.device, or `"auto"`: CUDA where there is any. A
+        device of the core is taken as it is.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
         core = _core.open_device(name)
     info = core.info()
     if info.kind is _core.DeviceKind.cuda:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         return core, torch.device("cuda", info.ordinal)
     return core, torch.device("cpu")
 
@@ -102,7 +102,7 @@ class Region:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        flat: torch.Tensor = torch.from_dlpack(self.core.dlpack(offset, nbytes))
+        flat: torch.Tensor = torch.utils.dlpack.from_dlpack(self.core.dlpack(offset, nbytes))
         return flat.view(dtype).view(tuple(shape))
 
     def pages_of(self, start: int, nbytes: int) -> list[int]:
@@ -170,7 +170,12 @@ class Pager:
         return Region(self.core.reserve(parse_bytes(nbytes), access), self.device)
 
     def prefetch(
-        self, region: Region, start: int = 0, nbytes: int | None = None, *, stream: int | None = None
+        self,
+        region: Region,
+        start: int = 0,
+        nbytes: int | None = None,
+        *,
+        stream: int | None = None,
     ) -> int:
         """Make a byte range of a region resident on the device.
 
@@ -198,7 +203,8 @@ class Pager:
             If the device refuses a call.
         """
         pages = self._pages(region, start, nbytes)
-        return self.core.prefetch(region.core, pages, self.stream() if stream is None else stream)
+        reader = self.stream() if stream is None else stream
+        return self.core.prefetch(region.core, pages, reader)
 
     def evict(self, region: Region, start: int = 0, nbytes: int | None = None) -> int:
         """Take a byte range off the device; its bytes are kept, and reading them stays right.

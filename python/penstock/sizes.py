@@ -43,7 +43,7 @@ def parse_bytes(size: int | str) -> int:
         match = _SIZE.fullmatch(size)
         unit = _UNITS.get(match[2].upper() or "B") if match else None
         if match is None or unit is None:
-            raise ValueError(f'{size!r} is not a size: write bytes, or a text such as "8GiB" or "1.5GB"')
+            raise ValueError(f'{size!r} is no size: write bytes, or a text such as "8GiB"')
         size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     elif isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"a size is an int or a str, not {type(size).__name__}")

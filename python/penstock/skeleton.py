@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from penstock.errors import ModelError
 
@@ -33,7 +34,7 @@ def set_payload(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     if type(parameter) is not nn.Parameter:
         replacement.__class__ = type(parameter)
     replacement.__dict__.update(parameter.__dict__)
-    torch.utils.swap_tensors(parameter, replacement)
+    torch.utils.swap_tensors(parameter, replacement)  # type: ignore[no-untyped-call]
 
 
 def build_skeleton(module_or_builder: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -75,7 +76,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(self, name, param)
         if param is None or param.is_meta or threading.get_ident() != builder_thread:
             return
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        if isinstance(param, UninitializedParameter):
             raise ModelError(
                 f"parameter {name!r} of {type(self).__name__} has no shape until the first call; "
                 "give the module its sizes (Linear instead of LazyLinear, and so on)"
@@ -97,8 +98,8 @@ def _require_skeleton(module: nn.Module) -> None:
     real = [name for name, parameter in module.named_parameters() if not parameter.is_meta]
     if real:
         raise ModelError(
-            f"{len(real)} parameters have memory already (first: {real[0]!r}): pass a builder, such "
-            "as lambda: Model(config), or a module made under torch.device('meta')"
+            f"{len(real)} parameters have memory already (first: {real[0]!r}): pass a builder, "
+            "such as lambda: Model(config), or a module made under torch.device('meta')"
         )
     empty = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if empty:

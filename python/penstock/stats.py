@@ -90,7 +90,8 @@ class ManagerStats:
                 for tag, nbytes in self.used_by_tag.items()
                 if self.peak_by_tag[tag]
             ),
-            f"  loaded {format_bytes(self.loaded_bytes)}, evicted {format_bytes(self.evicted_bytes)}",
+            f"  loaded {format_bytes(self.loaded_bytes)}, "
+            f"evicted {format_bytes(self.evicted_bytes)}",
             f"  steps: {self.hits} found their pages, {self.demand_loads} had to load; "
             f"look-ahead: {self.ahead_loads} requests loaded, {self.ahead_declined} found no room",
         ]
