@@ -6,6 +6,7 @@
 
 #include "error/error.hpp"
 #include "error/format.hpp"
+#include "threading/time_limit.hpp"
 
 namespace penstock {
 
@@ -54,7 +55,7 @@ bool Budget::try_charge(Tag tag, std::size_t nbytes) {
 
 bool Budget::charge_within(Tag tag, std::size_t nbytes, std::chrono::milliseconds limit) {
   std::unique_lock lock(mutex_);
-  if (!released_.wait_for(lock, limit, [&] { return fits(nbytes); })) {
+  if (!released_.wait_for(lock, at_most_a_year(limit), [&] { return fits(nbytes); })) {
     ++stats_.refused;
     return false;
   }

@@ -20,9 +20,8 @@ namespace {
 
 constexpr std::size_t kFrameGranularity = std::size_t{64} << 10;
 
-// Events are shared with the streams that record and await them, which may outlive the handle.
-std::shared_ptr<HostEvent>& event_of(EventHandle event) {
-  return *static_cast<std::shared_ptr<HostEvent>*>(event.value);
+HostEvent& event_of(EventHandle event) {
+  return *static_cast<HostEvent*>(event.value);
 }
 
 HostStream* stream_of(StreamHandle stream) {
@@ -84,19 +83,18 @@ void HostDevice::stream_synchronize(StreamHandle stream) {
 }
 
 EventHandle HostDevice::event_create() {
-  auto event = std::make_unique<std::shared_ptr<HostEvent>>(std::make_shared<HostEvent>());
-  return {event.release()};
+  return {std::make_unique<HostEvent>().release()};
 }
 
 void HostDevice::event_destroy(EventHandle event) {
-  const std::unique_ptr<std::shared_ptr<HostEvent>> owned(&event_of(event));
+  const std::unique_ptr<HostEvent> owned(&event_of(event));
 }
 
 void HostDevice::event_record(EventHandle event, StreamHandle stream) {
   if (HostStream* worker = stream_of(stream)) {
     worker->record(event_of(event));
   } else {
-    event_of(event)->complete(event_of(event)->begin_record(), nullptr);
+    event_of(event).record()->complete(nullptr);
   }
 }
 
@@ -104,16 +102,17 @@ void HostDevice::event_wait(StreamHandle stream, EventHandle event) {
   if (HostStream* worker = stream_of(stream)) {
     worker->wait(event_of(event));
   } else {
-    event_of(event)->wait();
+    event_synchronize(event);
   }
 }
 
 void HostDevice::event_synchronize(EventHandle event) {
-  event_of(event)->wait();
+  if (const auto completion = event_of(event).latest()) completion->wait();
 }
 
 bool HostDevice::event_done(EventHandle event) {
-  return event_of(event)->done();
+  const auto completion = event_of(event).latest();
+  return completion == nullptr || completion->done();
 }
 
 void* HostDevice::managed_reserve(std::size_t nbytes, Access /*access*/) {

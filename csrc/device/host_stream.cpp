@@ -4,38 +4,35 @@
 
 namespace penstock {
 
-std::uint64_t HostEvent::begin_record() {
-  const std::lock_guard lock(mutex_);
-  return ++recorded_generation_;
-}
-
-void HostEvent::complete(std::uint64_t generation, std::exception_ptr error) {
+void Completion::complete(std::exception_ptr error) {
   {
     const std::lock_guard lock(mutex_);
-    completed_generation_ = generation;
+    done_ = true;
     error_ = std::move(error);
   }
   completed_.notify_all();
 }
 
-void HostEvent::wait_for(std::uint64_t generation) {
+void Completion::wait() {
   std::unique_lock lock(mutex_);
-  completed_.wait(lock, [&] { return completed_generation_ >= generation; });
+  completed_.wait(lock, [&] { return done_; });
   if (error_) std::rethrow_exception(error_);
 }
 
-void HostEvent::wait() {
-  std::uint64_t generation = 0;
-  {
-    const std::lock_guard lock(mutex_);
-    generation = recorded_generation_;
-  }
-  wait_for(generation);
+bool Completion::done() {
+  const std::lock_guard lock(mutex_);
+  return done_;
 }
 
-bool HostEvent::done() {
+std::shared_ptr<Completion> HostEvent::record() {
   const std::lock_guard lock(mutex_);
-  return completed_generation_ >= recorded_generation_;
+  latest_ = std::make_shared<Completion>();
+  return latest_;
+}
+
+std::shared_ptr<Completion> HostEvent::latest() {
+  const std::lock_guard lock(mutex_);
+  return latest_;
 }
 
 void HostStream::submit(std::function<void()> task) {
@@ -49,26 +46,20 @@ void HostStream::submit(std::function<void()> task) {
   });
 }
 
-void HostStream::record(std::shared_ptr<HostEvent> event) {
-  const std::uint64_t generation = event->begin_record();
-  thread_.submit([this, generation, event = std::move(event)] {
-    event->complete(generation, std::exchange(error_, nullptr));
+void HostStream::record(HostEvent& event) {
+  thread_.submit([this, completion = event.record()] {
+    completion->complete(std::exchange(error_, nullptr));
   });
 }
 
-void HostStream::wait(std::shared_ptr<HostEvent> event) {
-  std::uint64_t generation = 0;
-  {
-    const std::lock_guard lock(event->mutex_);
-    generation = event->recorded_generation_;
-  }
-  submit([generation, event = std::move(event)] { event->wait_for(generation); });
+void HostStream::wait(HostEvent& event) {
+  if (const auto completion = event.latest()) submit([completion] { completion->wait(); });
 }
 
 void HostStream::synchronize() {
-  const auto event = std::make_shared<HostEvent>();
+  HostEvent event;
   record(event);
-  event->wait();
+  event.latest()->wait();
 }
 
 }  // namespace penstock

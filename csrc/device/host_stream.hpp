@@ -6,7 +6,6 @@
 #pragma once
 
 #include <condition_variable>
-#include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -16,32 +15,39 @@
 
 namespace penstock {
 
-/// The state that an event's owner, the recording stream and the waiting ones share.
-class HostEvent {
+/// One record of an event: done once the stream comes to it, with the error of the work before.
+class Completion {
  public:
-  /// Announces that a later `complete` belongs to a new record of the event.
-  std::uint64_t begin_record();
-  void complete(std::uint64_t generation, std::exception_ptr error);
-  /// Blocks until the record that was the latest at the call. @throws the error it carries.
+  void complete(std::exception_ptr error);
+  /// Blocks until complete. @throws the error.
   void wait();
   bool done();
 
  private:
-  friend class HostStream;
-  void wait_for(std::uint64_t generation);
-
   std::mutex mutex_;
   std::condition_variable completed_;
-  std::uint64_t recorded_generation_ = 0;
-  std::uint64_t completed_generation_ = 0;
+  bool done_ = false;
   std::exception_ptr error_;
+};
+
+/// Stands for its latest record; who waited for an earlier one goes on waiting for that.
+class HostEvent {
+ public:
+  /// Starts a record, which someone has to complete.
+  std::shared_ptr<Completion> record();
+  /// The latest record; null if there was none, and so nothing to wait for.
+  std::shared_ptr<Completion> latest();
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<Completion> latest_;
 };
 
 class HostStream {
  public:
   void submit(std::function<void()> task);
-  void record(std::shared_ptr<HostEvent> event);
-  void wait(std::shared_ptr<HostEvent> event);
+  void record(HostEvent& event);
+  void wait(HostEvent& event);
   /// Blocks until all that was submitted has run. @throws the pending error.
   void synchronize();
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "error/error.hpp"
+#include "threading/time_limit.hpp"
 
 namespace penstock {
 
@@ -85,7 +86,7 @@ void FillJob::read_pieces() {
 
 bool FillJob::wait_for(std::chrono::milliseconds limit) {
   std::unique_lock lock(mutex_);
-  const bool ended = finished_.wait_for(lock, limit, [&] { return running_ == 0; });
+  const bool ended = finished_.wait_for(lock, at_most_a_year(limit), [&] { return running_ == 0; });
   if (ended && error_) std::rethrow_exception(error_);
   return ended && done_ == total_;
 }

@@ -2,53 +2,15 @@
 
 #include <algorithm>
 #include <exception>
-#include <numeric>
 #include <stdexcept>
 #include <utility>
 
 #include "error/error.hpp"
-#include "error/format.hpp"
+#include "pager/page_runs.hpp"
 
 namespace penstock {
 
 namespace {
-
-// Calls `visit(first, count)` for each run of consecutive indices.
-template <typename Visit>
-void for_each_run(const std::vector<PageIndex>& pages, Visit visit) {
-  for (std::size_t i = 0; i < pages.size();) {
-    std::size_t n = 1;
-    while (i + n < pages.size() && pages[i + n] == pages[i] + n) ++n;
-    visit(pages[i], n);
-    i += n;
-  }
-}
-
-std::vector<PageIndex> sorted_unique(std::vector<PageIndex> pages) {
-  std::sort(pages.begin(), pages.end());
-  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
-  return pages;
-}
-
-std::size_t bytes_of(const Region& region, const std::vector<PageIndex>& pages) {
-  return std::accumulate(
-      pages.begin(), pages.end(), std::size_t{0},
-      [&](std::size_t sum, PageIndex page) { return sum + region.page_nbytes(page); });
-}
-
-std::byte* address_of(const Region& region, PageIndex page) {
-  return region.address() + std::size_t{page} * region.page_size();
-}
-
-std::size_t run_bytes(const Region& region, PageIndex first, std::size_t count) {
-  const auto last = static_cast<PageIndex>(first + count - 1);
-  return (count - 1) * region.page_size() + region.page_nbytes(last);
-}
-
-template <typename T>
-void push_unique(std::vector<T>& items, const T& item) {
-  if (std::find(items.begin(), items.end(), item) == items.end()) items.push_back(item);
-}
 
 std::size_t wait(std::future<std::size_t> result) {
   try {
@@ -98,30 +60,31 @@ void ManagedPager::touch(Region& region) {
   region.last_activity_ = ++activity_;
 }
 
-// ---- on the caller's thread
-// ----------------------------------------------------------------------
-
 std::future<std::size_t> ManagedPager::submit(Work work, TaskThread::Order order) {
   const auto task = std::make_shared<std::packaged_task<std::size_t()>>(std::move(work));
   thread_.submit([task] { (*task)(); }, order);
   return task->get_future();
 }
 
-std::future<std::size_t> ManagedPager::submit_for(Region& region, Work work,
-                                                  TaskThread::Order order) {
-  {
-    const std::lock_guard lock(mutex_);
-    ++region.pending_;
-  }
-  // Ends exactly once, whether the work runs or is dropped: retire() counts on it.
-  const std::shared_ptr<void> done(nullptr, [this, &region](void*) {
+ManagedPager::Hold ManagedPager::hold(Region& region) {
+  ++region.pending_;
+  return Hold(nullptr, [this, &region](void*) {
     {
       const std::lock_guard lock(mutex_);
       --region.pending_;
     }
     request_done_.notify_all();
   });
-  return submit([work = std::move(work), done] { return work(); }, order);
+}
+
+std::future<std::size_t> ManagedPager::submit_for(Region& region, Work work,
+                                                  TaskThread::Order order) {
+  Hold held;  // let go once the work has run or was dropped
+  {
+    const std::lock_guard lock(mutex_);
+    held = hold(region);
+  }
+  return submit([work = std::move(work), held = std::move(held)] { return work(); }, order);
 }
 
 void ManagedPager::pin(Region& region, const std::vector<PageIndex>& pages) {
@@ -169,12 +132,11 @@ std::size_t ManagedPager::load_pinned(Region& region, const std::vector<PageInde
   return charged;
 }
 
-void ManagedPager::begin(Region& region, const std::vector<PageIndex>& wanted,
-                         StreamHandle stream) {
-  const std::vector<PageIndex> pages = sorted_unique(wanted);
+std::size_t ManagedPager::pin_and_load(Region& region, const std::vector<PageIndex>& pages,
+                                       StreamHandle stream) {
   pin(region, pages);
   try {
-    load_pinned(region, pages, stream);
+    return load_pinned(region, pages, stream);
   } catch (const CapExceededError&) {
     unpin(region, pages);
     throw;
@@ -191,8 +153,20 @@ void ManagedPager::begin(Region& region, const std::vector<PageIndex>& wanted,
   }
 }
 
+void ManagedPager::begin(Region& region, const std::vector<PageIndex>& wanted,
+                         StreamHandle stream) {
+  pin_and_load(region, checked(region, wanted), stream);
+}
+
 void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, StreamHandle stream) {
-  const std::vector<PageIndex> pages = sorted_unique(wanted);
+  const std::vector<PageIndex> pages = checked(region, wanted);
+  {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : pages) {
+      if (region.table_.pins(page) > 0) continue;
+      throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
+    }
+  }
   std::exception_ptr error;
   Region::Event use;
   try {
@@ -225,21 +199,14 @@ void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, Str
 
 std::size_t ManagedPager::prefetch(Region& region, const std::vector<PageIndex>& wanted,
                                    StreamHandle stream) {
-  const std::vector<PageIndex> pages = sorted_unique(wanted);
-  pin(region, pages);
-  std::size_t charged = 0;
-  try {
-    charged = load_pinned(region, pages, stream);
-  } catch (...) {
-    unpin(region, pages);
-    throw;
-  }
+  const std::vector<PageIndex> pages = checked(region, wanted);
+  const std::size_t charged = pin_and_load(region, pages, stream);
   unpin(region, pages);
   return charged;
 }
 
 void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& wanted) {
-  const std::vector<PageIndex> pages = sorted_unique(wanted);
+  const std::vector<PageIndex> pages = checked(region, wanted);
   {
     const std::lock_guard lock(mutex_);
     if (all_present(region, pages)) return;
@@ -256,7 +223,7 @@ void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& 
 }
 
 std::size_t ManagedPager::evict(Region& region, const std::vector<PageIndex>& wanted) {
-  const std::vector<PageIndex> pages = sorted_unique(wanted);
+  const std::vector<PageIndex> pages = checked(region, wanted);
   return wait(submit_for(region, [this, &region, pages] { return drop(region, pages); }));
 }
 
@@ -331,203 +298,6 @@ void ManagedPager::retire(Region& region) noexcept {
   }
   region.memory_.reset();
   budget_->release(Tag::kWeights, charged);
-}
-
-// ---- on the pager's thread
-// -----------------------------------------------------------------------
-
-std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wanted,
-                               Urgency urgency) {
-  std::vector<PageIndex> missing;
-  StepTime after = 0;
-  {
-    const std::lock_guard lock(mutex_);
-    for (const PageIndex page : wanted) {
-      if (region.table_.state(page) != PageState::kAbsent) continue;
-      missing.push_back(page);
-      after = std::max(after, region.table_.next_use(page));
-    }
-    for (const PageIndex page : missing) region.table_.begin_load(page);
-  }
-  const std::size_t nbytes = bytes_of(region, missing);
-  const auto cancel = [&] {
-    const std::lock_guard lock(mutex_);
-    for (const PageIndex page : missing) region.table_.cancel_load(page);
-  };
-  try {
-    if (!make_room(region, nbytes, after, urgency)) {
-      cancel();
-      const std::lock_guard lock(mutex_);
-      if (urgency == Urgency::kDemand) throw refusal(region, nbytes);
-      ++stats_.ahead_declined;
-      return 0;
-    }
-  } catch (const CapExceededError&) {
-    throw;
-  } catch (...) {
-    cancel();
-    throw;
-  }
-  ScopedCharge charge(*budget_, Tag::kWeights, nbytes);
-  try {
-    issue_load(region, missing);
-  } catch (...) {
-    cancel();
-    throw;
-  }
-  charge.keep();
-  const std::lock_guard lock(mutex_);
-  stats_.loaded_bytes += nbytes;
-  if (urgency == Urgency::kAhead && nbytes > 0) ++stats_.ahead_loads;
-  return nbytes;
-}
-
-void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& pages) {
-  if (pages.empty()) return;
-  if (!region.sealed_ && region.access() == Access::kReadMostly) {
-    device_->managed_seal(region.address(), region.nbytes());
-    region.sealed_ = true;
-  }
-  const auto ready = std::make_shared<OwnedEvent>(device_);
-  try {
-    for_each_run(pages, [&](PageIndex first, std::size_t count) {
-      device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
-                                load_stream_.get());
-    });
-    device_->event_record(ready->get(), load_stream_.get());
-  } catch (...) {
-    // Some runs may be on their way: take them back before the charge is.
-    const std::exception_ptr cause = std::current_exception();
-    try {
-      device_->stream_synchronize(load_stream_.get());
-    } catch (const std::exception& second) {
-      device_->suppress(second.what());
-    }
-    try {
-      for_each_run(pages, [&](PageIndex first, std::size_t count) {
-        device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
-                               region.access(), evict_stream_.get());
-      });
-      device_->stream_synchronize(evict_stream_.get());
-    } catch (const std::exception& second) {
-      device_->suppress(second.what());
-    }
-    std::rethrow_exception(cause);
-  }
-  const std::lock_guard lock(mutex_);
-  for (const PageIndex page : pages) {
-    region.table_.finish_load(page);
-    region.table_.touch(page);
-    region.events_[page].ready = ready;
-  }
-}
-
-bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency) {
-  for (;;) {
-    const std::size_t available = budget_->available();
-    if (available >= nbytes) {
-      if (budget_->try_charge(Tag::kWeights, nbytes)) return true;
-      continue;  // another holder of the budget was faster
-    }
-    Victims victims{};
-    {
-      const std::lock_guard lock(mutex_);
-      victims = choose_victims(region, nbytes - available, after, urgency);
-    }
-    if (victims.pages.empty()) return false;
-    drop(*victims.region, victims.pages);  // less than asked for where pages were pinned meanwhile
-  }
-}
-
-std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wanted) {
-  std::vector<PageIndex> pages;
-  std::vector<Region::Event> loads;
-  std::vector<Region::Event> readers;
-  {
-    const std::lock_guard lock(mutex_);
-    for (const PageIndex page : wanted) {
-      auto& table = region.table_;
-      if (table.state(page) != PageState::kResident || table.pins(page) > 0) continue;
-      table.begin_evict(page);
-      pages.push_back(page);
-      if (const auto& ready = region.events_[page].ready) push_unique(loads, ready);
-      for (const auto& reader : region.events_[page].readers) push_unique(readers, reader.second);
-    }
-  }
-  try {
-    for (const auto& load_event : loads) {
-      try {
-        device_->event_synchronize(load_event->get());
-      } catch (const DeviceError&) {  // a page whose load failed is dropped like any other
-      }
-    }
-    for (const auto& reader : readers) device_->event_synchronize(reader->get());
-    for_each_run(pages, [&](PageIndex first, std::size_t count) {
-      device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
-                             region.access(), evict_stream_.get());
-    });
-    device_->stream_synchronize(evict_stream_.get());
-  } catch (...) {
-    const std::lock_guard lock(mutex_);
-    for (const PageIndex page : pages) region.table_.cancel_evict(page);
-    throw;
-  }
-  const std::size_t nbytes = bytes_of(region, pages);
-  {
-    const std::lock_guard lock(mutex_);
-    for (const PageIndex page : pages) {
-      region.table_.finish_evict(page);
-      region.events_[page] = {};
-    }
-    stats_.evicted_bytes += nbytes;
-  }
-  budget_->release(Tag::kWeights, nbytes);
-  return nbytes;
-}
-
-// ---- with mutex_ held
-// ----------------------------------------------------------------------------
-
-ManagedPager::Victims ManagedPager::choose_victims(Region& wanting, std::size_t nbytes,
-                                                   StepTime after, Urgency urgency) {
-  std::vector<Region*> order = regions_;
-  std::sort(order.begin(), order.end(),
-            [](const Region* a, const Region* b) { return a->last_activity_ < b->last_activity_; });
-  // Idle regions first, then the wanting one, then what others are using.
-  const auto rank = [&](const Region* region) {
-    if (region == &wanting) return 1;
-    return region->active_ ? 2 : 0;
-  };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](const Region* a, const Region* b) { return rank(a) < rank(b); });
-  const std::size_t limit = (nbytes + page_size_ - 1) / page_size_;
-  for (Region* region : order) {
-    if (urgency == Urgency::kAhead && rank(region) == 2) break;
-    const StepTime later_than =
-        urgency == Urgency::kAhead && region == &wanting ? after : StepTime{0};
-    auto pages = region->table_.victims(limit, later_than);
-    if (!pages.empty()) return {region, sorted_unique(std::move(pages))};
-  }
-  return {&wanting, {}};
-}
-
-CapExceededError ManagedPager::refusal(const Region& region, std::size_t nbytes) const {
-  const BudgetStats ledger = budget_->stats();
-  std::size_t pinned = 0;
-  for (const Region* each : regions_) {
-    for (std::size_t i = 0; i < each->page_count(); ++i) {
-      const auto page = static_cast<PageIndex>(i);
-      if (each->table_.state(page) == PageState::kResident && each->table_.pins(page) > 0) {
-        pinned += each->page_nbytes(page);
-      }
-    }
-  }
-  return {"cannot bring in " + format_bytes(nbytes) + " of a region of " +
-              format_bytes(region.nbytes()) + ": the cap is " + format_bytes(ledger.cap) + ", " +
-              format_bytes(ledger.used) + " are in use and " + format_bytes(pinned) +
-              " of them are being read now. Raise the cap to at least " +
-              format_bytes(ledger.used + nbytes) + ", or use less at once.",
-          nbytes, ledger.cap, ledger.used};
 }
 
 }  // namespace penstock

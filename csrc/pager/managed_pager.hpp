@@ -100,6 +100,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
     Region* region;
     std::vector<PageIndex> pages;
   };
+  // Keeps a region that the caller does not own from going: retire() waits for it.
+  using Hold = std::shared_ptr<void>;
   enum class Urgency : bool { kAhead, kDemand };
 
   ManagedPager(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget,
@@ -112,6 +114,9 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
                                       TaskThread::Order order = TaskThread::Order::kBack);
   void pin(Region& region, const std::vector<PageIndex>& pages);
   void unpin(Region& region, const std::vector<PageIndex>& pages);
+  /// Pins, loads and orders the stream; undoes all of it on an error. @return bytes charged.
+  std::size_t pin_and_load(Region& region, const std::vector<PageIndex>& pages,
+                           StreamHandle stream);
   std::size_t load_pinned(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
   bool all_present(const Region& region, const std::vector<PageIndex>& pages) const;
   void retire(Region& region) noexcept;
@@ -121,9 +126,13 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   void issue_load(Region& region, const std::vector<PageIndex>& pages);
   bool make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency);
   std::size_t drop(Region& region, const std::vector<PageIndex>& pages);
+  void wait_until_over(OwnedEvent& event);
 
   // With mutex_ held.
-  Victims choose_victims(Region& wanting, std::size_t nbytes, StepTime after, Urgency urgency);
+  Hold hold(Region& region);
+  std::vector<Victims> choose_victims(Region& wanting, std::size_t nbytes, StepTime after,
+                                      Urgency urgency);
+  bool readers_done(const Region& region, PageIndex page) const;
   CapExceededError refusal(const Region& region, std::size_t nbytes) const;
   void touch(Region& region);
 

@@ -1,0 +1,169 @@
+// What the managed pager does on its own thread: loading, making room, dropping.
+#include <algorithm>
+#include <exception>
+#include <stdexcept>
+#include <utility>
+
+#include "error/error.hpp"
+#include "pager/managed_pager.hpp"
+#include "pager/page_runs.hpp"
+
+namespace penstock {
+
+std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wanted,
+                               Urgency urgency) {
+  std::vector<PageIndex> missing;
+  StepTime after = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : wanted) {
+      if (region.table_.state(page) != PageState::kAbsent) continue;
+      missing.push_back(page);
+      after = std::max(after, region.table_.next_use(page));
+    }
+    for (const PageIndex page : missing) region.table_.begin_load(page);
+  }
+  const std::size_t nbytes = bytes_of(region, missing);
+  const auto cancel = [&] {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : missing) region.table_.cancel_load(page);
+  };
+  try {
+    if (!make_room(region, nbytes, after, urgency)) {
+      cancel();
+      const std::lock_guard lock(mutex_);
+      if (urgency == Urgency::kDemand) throw refusal(region, nbytes);
+      ++stats_.ahead_declined;
+      return 0;
+    }
+  } catch (const CapExceededError&) {
+    throw;
+  } catch (...) {
+    cancel();
+    throw;
+  }
+  ScopedCharge charge(*budget_, Tag::kWeights, nbytes);
+  try {
+    issue_load(region, missing);
+  } catch (...) {
+    cancel();
+    throw;
+  }
+  charge.keep();
+  const std::lock_guard lock(mutex_);
+  stats_.loaded_bytes += nbytes;
+  if (urgency == Urgency::kAhead && nbytes > 0) ++stats_.ahead_loads;
+  return nbytes;
+}
+
+void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& pages) {
+  if (pages.empty()) return;
+  if (!region.sealed_ && region.access() == Access::kReadMostly) {
+    device_->managed_seal(region.address(), region.nbytes());
+    region.sealed_ = true;
+  }
+  const auto ready = std::make_shared<OwnedEvent>(device_);
+  try {
+    for_each_run(pages, [&](PageIndex first, std::size_t count) {
+      device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
+                                load_stream_.get());
+    });
+    device_->event_record(ready->get(), load_stream_.get());
+  } catch (...) {
+    // Some runs may be on their way: take them back before the charge is.
+    const std::exception_ptr cause = std::current_exception();
+    try {
+      device_->stream_synchronize(load_stream_.get());
+    } catch (const std::exception& second) {
+      device_->suppress(second.what());
+    }
+    try {
+      for_each_run(pages, [&](PageIndex first, std::size_t count) {
+        device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
+                               region.access(), evict_stream_.get());
+      });
+      device_->stream_synchronize(evict_stream_.get());
+    } catch (const std::exception& second) {
+      device_->suppress(second.what());
+    }
+    std::rethrow_exception(cause);
+  }
+  const std::lock_guard lock(mutex_);
+  for (const PageIndex page : pages) {
+    region.table_.finish_load(page);
+    region.table_.touch(page);
+    region.events_[page].ready = ready;
+  }
+}
+
+bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency) {
+  for (;;) {
+    const std::size_t available = budget_->available();
+    if (available >= nbytes) {
+      if (budget_->try_charge(Tag::kWeights, nbytes)) return true;
+      continue;  // another holder of the budget was faster
+    }
+    std::vector<Victims> victims;
+    std::vector<Hold> holds;
+    {
+      const std::lock_guard lock(mutex_);
+      victims = choose_victims(region, nbytes - available, after, urgency);
+      for (const auto& each : victims) holds.push_back(hold(*each.region));
+    }
+    if (victims.empty()) return false;
+    // This gives back less than expected where pages were pinned meanwhile: hence the loop.
+    for (const auto& each : victims) drop(*each.region, each.pages);
+  }
+}
+
+std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wanted) {
+  std::vector<PageIndex> pages;
+  std::vector<Region::Event> loads;
+  std::vector<Region::Event> readers;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : wanted) {
+      auto& table = region.table_;
+      if (table.state(page) != PageState::kResident || table.pins(page) > 0) continue;
+      table.begin_evict(page);
+      pages.push_back(page);
+      if (const auto& ready = region.events_[page].ready) push_unique(loads, ready);
+      for (const auto& reader : region.events_[page].readers) push_unique(readers, reader.second);
+    }
+  }
+  try {
+    for (const auto& load_event : loads) wait_until_over(*load_event);
+    for (const auto& reader : readers) wait_until_over(*reader);
+    for_each_run(pages, [&](PageIndex first, std::size_t count) {
+      device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
+                             region.access(), evict_stream_.get());
+    });
+    device_->stream_synchronize(evict_stream_.get());
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : pages) region.table_.cancel_evict(page);
+    throw;
+  }
+  const std::size_t nbytes = bytes_of(region, pages);
+  {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : pages) {
+      region.table_.finish_evict(page);
+      region.events_[page] = {};
+    }
+    stats_.evicted_bytes += nbytes;
+  }
+  budget_->release(Tag::kWeights, nbytes);
+  return nbytes;
+}
+
+void ManagedPager::wait_until_over(OwnedEvent& event) {
+  try {
+    device_->event_synchronize(event.get());
+  } catch (const DeviceError&) {
+    // Work that failed reads and writes nothing any more; only a wait that failed is an error.
+    if (!device_->event_done(event.get())) throw;
+  }
+}
+
+}  // namespace penstock

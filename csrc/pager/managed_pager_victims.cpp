@@ -1,0 +1,78 @@
+// Whom the managed pager evicts, and what it says when nobody is left. With its lock held.
+#include <algorithm>
+#include <utility>
+
+#include "error/error.hpp"
+#include "error/format.hpp"
+#include "pager/managed_pager.hpp"
+#include "pager/page_runs.hpp"
+
+namespace penstock {
+
+namespace {
+
+// How many times the victims needed are looked at, to find some that nobody reads any more.
+constexpr std::size_t kChoice = 4;
+
+}  // namespace
+
+std::vector<ManagedPager::Victims> ManagedPager::choose_victims(Region& wanting, std::size_t nbytes,
+                                                                StepTime after, Urgency urgency) {
+  // Idle regions first, then the wanting one, then what others are using; by last use within each.
+  const auto rank = [&](const Region* region) {
+    if (region == &wanting) return 1;
+    return region->active_ ? 2 : 0;
+  };
+  std::vector<Region*> order = regions_;
+  std::sort(order.begin(), order.end(), [&](const Region* a, const Region* b) {
+    return std::pair(rank(a), a->last_activity_) < std::pair(rank(b), b->last_activity_);
+  });
+  std::vector<Victims> chosen;
+  std::size_t found = 0;
+  for (Region* region : order) {
+    if (urgency == Urgency::kAhead && rank(region) == 2) break;
+    const bool bounded = urgency == Urgency::kAhead && region == &wanting;
+    const std::size_t wanted = (nbytes - found) / page_size_ + 2;  // the last page may be short
+    auto pages = region->table_.victims(kChoice * wanted, bounded ? after : StepTime{0});
+    // Among candidates that are about equally good, those nobody has to wait for.
+    std::stable_partition(pages.begin(), pages.end(),
+                          [&](PageIndex page) { return readers_done(*region, page); });
+    std::vector<PageIndex> taken;
+    for (std::size_t i = 0; i < pages.size() && found < nbytes; ++i) {
+      taken.push_back(pages[i]);
+      found += region->page_nbytes(pages[i]);
+    }
+    if (!taken.empty()) chosen.push_back({region, checked(*region, std::move(taken))});
+    if (found >= nbytes) return chosen;
+  }
+  return {};  // not enough: nothing is evicted in vain
+}
+
+bool ManagedPager::readers_done(const Region& region, PageIndex page) const {
+  const auto& readers = region.events_[page].readers;
+  return std::all_of(readers.begin(), readers.end(),
+                     [&](const auto& reader) { return device_->event_done(reader.second->get()); });
+}
+
+CapExceededError ManagedPager::refusal(const Region& region, std::size_t nbytes) const {
+  const BudgetStats ledger = budget_->stats();
+  std::size_t pinned = 0;
+  for (const Region* each : regions_) {
+    for (std::size_t i = 0; i < each->page_count(); ++i) {
+      const auto page = static_cast<PageIndex>(i);
+      if (each->table_.state(page) == PageState::kResident && each->table_.pins(page) > 0) {
+        pinned += each->page_nbytes(page);
+      }
+    }
+  }
+  const std::size_t others =
+      ledger.used - ledger.used_by_tag[static_cast<std::size_t>(Tag::kWeights)];
+  return {"cannot bring in " + format_bytes(nbytes) + " of a region of " +
+              format_bytes(region.nbytes()) + ": the cap is " + format_bytes(ledger.cap) + ", " +
+              format_bytes(ledger.used) + " are in use and " + format_bytes(pinned) +
+              " of them are being read now. Raise the cap to at least " +
+              format_bytes(others + pinned + nbytes) + ", or use less at once.",
+          nbytes, ledger.cap, ledger.used};
+}
+
+}  // namespace penstock

@@ -1,0 +1,58 @@
+// Sets of pages of one region as the pager handles them: ascending, each page once, in runs of
+// consecutive pages, which are one call to the device each.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pager/region.hpp"
+
+namespace penstock {
+
+// Calls `visit(first, count)` for each run of consecutive indices.
+template <typename Visit>
+void for_each_run(const std::vector<PageIndex>& pages, Visit visit) {
+  for (std::size_t i = 0; i < pages.size();) {
+    std::size_t n = 1;
+    while (i + n < pages.size() && pages[i + n] == pages[i] + n) ++n;
+    visit(pages[i], n);
+    i += n;
+  }
+}
+
+// Ascending, each once, and all of them pages of the region: what the rest of the file works with.
+inline std::vector<PageIndex> checked(const Region& region, std::vector<PageIndex> pages) {
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  if (!pages.empty() && pages.back() >= region.page_count()) {
+    throw std::out_of_range("page " + std::to_string(pages.back()) + " of a region of " +
+                            std::to_string(region.page_count()) + " pages");
+  }
+  return pages;
+}
+
+inline std::size_t bytes_of(const Region& region, const std::vector<PageIndex>& pages) {
+  return std::accumulate(
+      pages.begin(), pages.end(), std::size_t{0},
+      [&](std::size_t sum, PageIndex page) { return sum + region.page_nbytes(page); });
+}
+
+inline std::byte* address_of(const Region& region, PageIndex page) {
+  return region.address() + std::size_t{page} * region.page_size();
+}
+
+inline std::size_t run_bytes(const Region& region, PageIndex first, std::size_t count) {
+  const auto last = static_cast<PageIndex>(first + count - 1);
+  return (count - 1) * region.page_size() + region.page_nbytes(last);
+}
+
+template <typename T>
+void push_unique(std::vector<T>& items, const T& item) {
+  if (std::find(items.begin(), items.end(), item) == items.end()) items.push_back(item);
+}
+
+}  // namespace penstock
