@@ -132,7 +132,6 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   Hold hold(Region& region);
   std::vector<Victims> choose_victims(Region& wanting, std::size_t nbytes, StepTime after,
                                       Urgency urgency);
-  bool readers_done(const Region& region, PageIndex page) const;
   CapExceededError refusal(const Region& region, std::size_t nbytes) const;
   void touch(Region& region);
 

@@ -9,13 +9,6 @@
 
 namespace penstock {
 
-namespace {
-
-// How many times the victims needed are looked at, to find some that nobody reads any more.
-constexpr std::size_t kChoice = 4;
-
-}  // namespace
-
 std::vector<ManagedPager::Victims> ManagedPager::choose_victims(Region& wanting, std::size_t nbytes,
                                                                 StepTime after, Urgency urgency) {
   // Idle regions first, then the wanting one, then what others are using; by last use within each.
@@ -33,25 +26,16 @@ std::vector<ManagedPager::Victims> ManagedPager::choose_victims(Region& wanting,
     if (urgency == Urgency::kAhead && rank(region) == 2) break;
     const bool bounded = urgency == Urgency::kAhead && region == &wanting;
     const std::size_t wanted = (nbytes - found) / page_size_ + 2;  // the last page may be short
-    auto pages = region->table_.victims(kChoice * wanted, bounded ? after : StepTime{0});
-    // Among candidates that are about equally good, those nobody has to wait for.
-    std::stable_partition(pages.begin(), pages.end(),
-                          [&](PageIndex page) { return readers_done(*region, page); });
     std::vector<PageIndex> taken;
-    for (std::size_t i = 0; i < pages.size() && found < nbytes; ++i) {
-      taken.push_back(pages[i]);
-      found += region->page_nbytes(pages[i]);
+    for (const PageIndex page : region->table_.victims(wanted, bounded ? after : StepTime{0})) {
+      if (found >= nbytes) break;
+      taken.push_back(page);
+      found += region->page_nbytes(page);
     }
     if (!taken.empty()) chosen.push_back({region, checked(*region, std::move(taken))});
     if (found >= nbytes) return chosen;
   }
   return {};  // not enough: nothing is evicted in vain
-}
-
-bool ManagedPager::readers_done(const Region& region, PageIndex page) const {
-  const auto& readers = region.events_[page].readers;
-  return std::all_of(readers.begin(), readers.end(),
-                     [&](const auto& reader) { return device_->event_done(reader.second->get()); });
 }
 
 CapExceededError ManagedPager::refusal(const Region& region, std::size_t nbytes) const {
