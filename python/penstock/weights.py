@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from penstock.checkpoint import TensorEntry, open_checkpoint
+from penstock.checkpoint.torch_files import TORCH_SUFFIXES, load_torch_checkpoint
 from penstock.dtypes import torch_dtype, torch_shape
 from penstock.errors import CheckpointError
-from penstock.torch_checkpoint import TORCH_SUFFIXES, load_torch_checkpoint
 
 __all__ = ["Slot", "Source", "Weights", "find_slots", "match", "open_weights"]
 

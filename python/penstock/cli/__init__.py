@@ -1,0 +1,86 @@
+"""The `penstock` command.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from penstock import _core
+from penstock.cli import demo, doctor, inspect
+from penstock.errors import PenstockError
+from penstock.sizes import parse_bytes
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments
+        Without the program's name; those of the process if omitted.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=options.json)
+    try:
+        found = options.run(options, console)
+    except (PenstockError, OSError) as error:
+        if options.json:
+            print(json.dumps({"error": str(error), "type": type(error).__name__}))
+        else:
+            Console(stderr=True).print(
+                f"penstock: {error}", style="red", markup=False, highlight=False
+            )
+        return 1
+    if options.json:
+        print(json.dumps(found, indent=2))
+    return 0 if found.get("ok", True) else 1
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="penstock", description="PyTorch models under a hard memory cap."
+    )
+    parser.add_argument("--version", action="version", version=f"penstock {_core.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return added
+
+    added = command("doctor", "Say what this machine offers and which pager would be taken.")
+    added.set_defaults(run=doctor.run)
+
+    added = command("inspect", "List a checkpoint's tensors and what would fit under a cap.")
+    added.add_argument("checkpoint", type=Path, help="a .safetensors file, index or directory")
+    added.add_argument("--cap", type=_size, help='bytes, or a size such as "8GiB"')
+    added.add_argument("--all", action="store_true", help="list every tensor, not the largest 20")
+    added.set_defaults(run=inspect.run)
+
+    added = command("demo", "Rank sentences with a real model that does not fit under its cap.")
+    added.add_argument("--cap", type=_size, default=64 << 20, help="default: 64MiB")
+    added.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
+    added.add_argument("--query", default=demo.QUERY, help="what to rank the sentences against")
+    added.set_defaults(run=demo.run)
+    return parser
