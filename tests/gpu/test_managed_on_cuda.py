@@ -124,11 +124,13 @@ def test_a_tensor_outlives_pager_and_manager():
     assert tensor.sum().item() == 2.0 * MIB
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32)
-    + (torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64),
+DTYPES = (
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32),
+    *(torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64),
 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_zero_copy(dtype):
     pager = penstock.Pager(cap="8MiB", device="cuda")
     region = pager.reserve("1MiB")
