@@ -56,6 +56,16 @@ std::shared_ptr<Region> ManagedPager::reserve(std::size_t nbytes, Access access)
   return region;
 }
 
+void ManagedPager::require_own(const Region& region) const {
+  if (region.pager_.get() != this) throw std::invalid_argument("the region is another pager's");
+}
+
+std::vector<PageIndex> ManagedPager::own_pages(const Region& region,
+                                               const std::vector<PageIndex>& pages) const {
+  require_own(region);
+  return checked(region, pages);
+}
+
 void ManagedPager::touch(Region& region) {
   region.last_activity_ = ++activity_;
 }
@@ -155,11 +165,11 @@ std::size_t ManagedPager::pin_and_load(Region& region, const std::vector<PageInd
 
 void ManagedPager::begin(Region& region, const std::vector<PageIndex>& wanted,
                          StreamHandle stream) {
-  pin_and_load(region, checked(region, wanted), stream);
+  pin_and_load(region, own_pages(region, wanted), stream);
 }
 
 void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, StreamHandle stream) {
-  const std::vector<PageIndex> pages = checked(region, wanted);
+  const std::vector<PageIndex> pages = own_pages(region, wanted);
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : pages) {
@@ -199,14 +209,14 @@ void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, Str
 
 std::size_t ManagedPager::prefetch(Region& region, const std::vector<PageIndex>& wanted,
                                    StreamHandle stream) {
-  const std::vector<PageIndex> pages = checked(region, wanted);
+  const std::vector<PageIndex> pages = own_pages(region, wanted);
   const std::size_t charged = pin_and_load(region, pages, stream);
   unpin(region, pages);
   return charged;
 }
 
 void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& wanted) {
-  const std::vector<PageIndex> pages = checked(region, wanted);
+  const std::vector<PageIndex> pages = own_pages(region, wanted);
   {
     const std::lock_guard lock(mutex_);
     if (all_present(region, pages)) return;
@@ -223,7 +233,7 @@ void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& 
 }
 
 std::size_t ManagedPager::evict(Region& region, const std::vector<PageIndex>& wanted) {
-  const std::vector<PageIndex> pages = checked(region, wanted);
+  const std::vector<PageIndex> pages = own_pages(region, wanted);
   return wait(submit_for(region, [this, &region, pages] { return drop(region, pages); }));
 }
 
@@ -236,16 +246,19 @@ void ManagedPager::synchronize() {
 }
 
 void ManagedPager::set_schedule(Region& region, std::vector<std::vector<PageIndex>> steps) {
+  require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.set_schedule(std::move(steps));
 }
 
 void ManagedPager::advance(Region& region, StepIndex step) {
+  require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.advance(step);
 }
 
 void ManagedPager::set_active(Region& region, bool active) {
+  require_own(region);
   const std::lock_guard lock(mutex_);
   region.active_ = active;
   touch(region);
@@ -257,12 +270,14 @@ PagerStats ManagedPager::stats() const {
 }
 
 RegionStats ManagedPager::region_stats(const Region& region) const {
+  require_own(region);
   const std::lock_guard lock(mutex_);
   RegionStats stats;
   for (std::size_t i = 0; i < region.page_count(); ++i) {
     const auto page = static_cast<PageIndex>(i);
     if (region.table_.pins(page) > 0) ++stats.pinned_pages;
-    if (region.table_.state(page) == PageState::kAbsent) continue;
+    const PageState state = region.table_.state(page);
+    if (state != PageState::kResident && state != PageState::kEvicting) continue;
     ++stats.resident_pages;
     stats.resident_bytes += region.page_nbytes(page);
   }

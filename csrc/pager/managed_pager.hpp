@@ -78,7 +78,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   std::size_t prefetch(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
   /// Asks for pages of a later step; returns at once. Errors surface when the pages are needed.
   void prefetch_ahead(Region& region, const std::vector<PageIndex>& pages);
-  /// Drops those of `pages` that are resident and not pinned. @return bytes given back.
+  /// Drops those of `pages` that are not pinned, also those that the device brought in by itself
+  /// because they were read while absent. @return bytes given back to the budget.
   std::size_t evict(Region& region, const std::vector<PageIndex>& pages);
   /// Blocks until the pager's thread has done what was asked so far, and its copies have ended.
   void synchronize();
@@ -108,6 +109,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
                std::size_t page_size);
 
   // On the caller's thread.
+  void require_own(const Region& region) const;
+  std::vector<PageIndex> own_pages(const Region& region, const std::vector<PageIndex>& pages) const;
   using Work = std::function<std::size_t()>;
   std::future<std::size_t> submit(Work work, TaskThread::Order order = TaskThread::Order::kBack);
   std::future<std::size_t> submit_for(Region& region, Work work,
@@ -124,6 +127,7 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   // On the pager's thread.
   std::size_t load(Region& region, const std::vector<PageIndex>& pages, Urgency urgency);
   void issue_load(Region& region, const std::vector<PageIndex>& pages);
+  void issue_evict(Region& region, const std::vector<PageIndex>& pages);
   bool make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency);
   std::size_t drop(Region& region, const std::vector<PageIndex>& pages);
   void wait_until_over(OwnedEvent& event);

@@ -1,6 +1,7 @@
 // What the managed pager does on its own thread: loading, making room, dropping.
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -78,10 +79,7 @@ void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& page
       device_->suppress(second.what());
     }
     try {
-      for_each_run(pages, [&](PageIndex first, std::size_t count) {
-        device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
-                               region.access(), evict_stream_.get());
-      });
+      issue_evict(region, pages);
       device_->stream_synchronize(evict_stream_.get());
     } catch (const std::exception& second) {
       device_->suppress(second.what());
@@ -94,6 +92,13 @@ void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& page
     region.table_.touch(page);
     region.events_[page].ready = ready;
   }
+}
+
+void ManagedPager::issue_evict(Region& region, const std::vector<PageIndex>& pages) {
+  for_each_run(pages, [&](PageIndex first, std::size_t count) {
+    device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
+                           region.access(), evict_stream_.get());
+  });
 }
 
 bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency) {
@@ -117,14 +122,17 @@ bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after,
 }
 
 std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wanted) {
-  std::vector<PageIndex> pages;
+  std::vector<PageIndex> pages;   // resident: given back to the budget
+  std::vector<PageIndex> strays;  // absent for the ledger, but perhaps read all the same
   std::vector<Region::Event> loads;
   std::vector<Region::Event> readers;
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : wanted) {
       auto& table = region.table_;
-      if (table.state(page) != PageState::kResident || table.pins(page) > 0) continue;
+      if (table.pins(page) > 0) continue;
+      if (table.state(page) == PageState::kAbsent) strays.push_back(page);
+      if (table.state(page) != PageState::kResident) continue;
       table.begin_evict(page);
       pages.push_back(page);
       if (const auto& ready = region.events_[page].ready) push_unique(loads, ready);
@@ -134,10 +142,9 @@ std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wan
   try {
     for (const auto& load_event : loads) wait_until_over(*load_event);
     for (const auto& reader : readers) wait_until_over(*reader);
-    for_each_run(pages, [&](PageIndex first, std::size_t count) {
-      device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
-                             region.access(), evict_stream_.get());
-    });
+    std::vector<PageIndex> all;
+    std::merge(pages.begin(), pages.end(), strays.begin(), strays.end(), std::back_inserter(all));
+    issue_evict(region, all);
     device_->stream_synchronize(evict_stream_.get());
   } catch (...) {
     const std::lock_guard lock(mutex_);

@@ -32,7 +32,7 @@ class Region {
   Access access() const noexcept { return access_; }
   Device& device() const noexcept { return *device_; }
 
-  /// Bytes of one page: the page size, but for a shorter last page.
+  /// Bytes of one page: the page size, but for a shorter last page, in whole system pages.
   std::size_t page_nbytes(PageIndex page) const noexcept;
   /// Pages that `nbytes` at `start` touch. @throws std::out_of_range outside the region.
   std::vector<PageIndex> pages_of(std::size_t start, std::size_t nbytes) const;
@@ -53,6 +53,7 @@ class Region {
   std::shared_ptr<ManagedPager> pager_;
   std::shared_ptr<Device> device_;
   std::size_t nbytes_;
+  std::size_t reserved_;  // nbytes_ in whole system pages: what is charged, loaded and evicted
   std::size_t page_size_;
   Access access_;
   std::optional<ManagedRange> memory_;

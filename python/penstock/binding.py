@@ -59,7 +59,8 @@ class Binding:
         shape = placement.source.shape
         if self.region is None:
             return torch.empty(shape, dtype=placement.dtype, device=device)
-        return self.region.tensor(placement.offset, shape, placement.dtype)
+        tensor = self.region.tensor(placement.offset, shape, placement.dtype)
+        return tensor.as_strided(shape, placement.stride) if placement.stride else tensor
 
     def placed(self) -> list[tuple[Placement, torch.Tensor]]:
         """List the tensors that are on the region, as the module holds them now."""

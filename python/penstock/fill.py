@@ -29,7 +29,8 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
     """Read all tensors into a region, making none of it resident.
 
     Extents of files are read in parallel, straight into the region. Tensors that are converted, or
-    come from memory, go through a buffer of 16 MiB.
+    come from memory, go through a buffer of 16 MiB; those in another order of elements, through
+    memory of their own.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
 
 
 def _is_direct(placement: Placement) -> bool:
-    return isinstance(placement.source.where, TensorEntry) and not placement.converts
+    return isinstance(placement.source.where, TensorEntry) and placement.is_verbatim
 
 
 def _read_files(region: Region, placements: list[Placement]) -> Iterator[int]:
@@ -94,12 +95,21 @@ def _write_chunks(region: Region, placements: list[Placement]) -> Iterator[int]:
     done = 0
     for placement in placements:
         at = placement.offset
-        for chunk in _chunks(placement):
+        for chunk in _reordered(placement) if placement.stride else _chunks(placement):
             values = chunk.to(placement.dtype).contiguous().view(torch.uint8)
             region.core.write(at, values.numpy())
             at += values.numel()
             done += values.numel()
             yield done
+
+
+def _reordered(placement: Placement) -> Iterator[torch.Tensor]:
+    """Yield the source's elements in the order in which the placement's stride has them."""
+    assert placement.stride is not None
+    shape, dtype = placement.source.shape, placement.source.dtype
+    ordered = torch.empty_strided(shape, placement.stride, dtype=dtype)
+    ordered.copy_(torch.cat(list(_chunks(placement))).view(shape))
+    yield ordered.as_strided((ordered.numel(),), (1,))
 
 
 def _chunks(placement: Placement) -> Iterator[torch.Tensor]:

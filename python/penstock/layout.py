@@ -15,6 +15,7 @@ ALIGNMENT = 512
 """Bytes. What torch's CUDA allocator gives, and more than any CPU kernel asks for: libraries choose
 their order of summation by alignment, so equal bits need equal alignment."""
 
+_SYSTEM_PAGE = 4096  # the smallest that a system makes resident
 _CONVERTIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,12 +29,16 @@ class Placement:
         What it has on the region; differs from the source's where a conversion was asked for.
     offset
         First byte in the region.
+    stride
+        As the module made the tensor, where that is dense but not row-major (a transposed or
+        channels-last weight): another order of elements could give other bits.
     """
 
     slot: Slot
     source: Source
     dtype: torch.dtype
     offset: int
+    stride: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +49,11 @@ class Placement:
     def converts(self) -> bool:
         """Whether the source has another dtype."""
         return self.dtype != self.source.dtype
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether the region holds the very bytes of the source."""
+        return not self.converts and self.stride is None
 
 
 def lay_out(
@@ -62,13 +72,20 @@ def lay_out(
     Returns
     -------
     tuple
-        The placements, and the bytes of the region.
+        The placements, and the bytes of the region: whole system pages.
     """
     placements = []
     end = 0
     for index, source in pairs.items():
         target = dtype if dtype is not None and source.dtype in _CONVERTIBLE else source.dtype
-        placement = Placement(slots[index], source, target, end)
+        placement = Placement(slots[index], source, target, end, _stride(slots[index].current))
         placements.append(placement)
         end += -(-placement.nbytes // ALIGNMENT) * ALIGNMENT
-    return placements, end
+    return placements, -(-end // _SYSTEM_PAGE) * _SYSTEM_PAGE
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    dense = torch.empty_like(tensor, device="meta").stride()  # keeps any dense order
+    if tensor.is_contiguous() or dense != tensor.stride():
+        return None
+    return tuple(dense)

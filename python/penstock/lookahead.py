@@ -2,19 +2,19 @@
 
 A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
 end steps. The first call of each entry point (the outermost module called) is watched operation by
-operation: what a module reads of others' tensors is fetched, counted, and belongs to its step from
-then on. The order of steps is learned from every call; before the first it is that of registration.
+operation: what a module reads of others' tensors is a step of its own, begun when it is read and
+ended with the call. A model that does so is watched in every call, so that the cap holds whatever
+it reads. The order of steps is learned from every call; before the first it is that of registration.
 
 This is the small, first form of look-ahead. One model runs in one thread at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
-
-from torch import nn
+from typing import Any
 
 from penstock.binding import Binding
 from penstock.errors import CapExceededError
@@ -27,6 +27,10 @@ __all__ = ["LookAhead"]
 _LARGEST_BATCH = 256 << 20  # bytes in one request: unified memory moves large ranges faster
 
 
+Step = int | tuple[int, ...]
+"""The call of a module, by its index; or a read of others' tensors, by the pages."""
+
+
 @dataclass
 class _Call:
     """One call of a module that is under way."""
@@ -34,6 +38,31 @@ class _Call:
     module: int
     pages: list[list[int]] = field(default_factory=list)
     observer: ReadObserver | None = None
+
+
+class _Hook:
+    """A hook of one module. Copies and pickles of the module, on ordinary memory, have none."""
+
+    def __init__(self, work: Callable[..., None], module: int) -> None:
+        self._work = work
+        self._module = module
+
+    def __call__(self, *arguments: Any) -> None:  # noqa: ANN401
+        self._work(self._module)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _no_hook
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _get_no_hook, ()
+
+
+def _no_hook(*arguments: object) -> None:
+    """Stand where a hook was."""
+
+
+def _get_no_hook() -> Callable[..., None]:
+    return _no_hook
 
 
 class LookAhead:
@@ -51,6 +80,7 @@ class LookAhead:
         self._pager = pager
         self._region = region
         self.unscheduled_reads = 0
+        self._watched = False  # whether every call is watched, not only the first
         self.passes = 0
 
         self._modules = [module_name for module_name, _ in binding.module.named_modules()]
@@ -63,24 +93,24 @@ class LookAhead:
             for owner, _ in placement.slot.owners:
                 self._pages[ids[id(owner)]].update(pages)
 
-        self._orders: dict[int, list[int]] = {}  # by entry point: the modules called, in order
-        self._order = [i for i, pages in enumerate(self._pages) if pages]
+        self._orders: dict[int, list[Step]] = {}  # by entry point: the steps of its last call
+        self._order: list[Step] = [i for i, pages in enumerate(self._pages) if pages]
         self._follow(self._order)
         self._calls: list[_Call] = []
-        self._called: list[int] = []
+        self._called: list[Step] = []
         self._handles = [
             handle
             for i, module in enumerate(binding.module.modules())
             for handle in (
-                module.register_forward_pre_hook(partial(self._enter, i), prepend=True),
-                module.register_forward_hook(partial(self._leave, i), always_call=True),
+                module.register_forward_pre_hook(_Hook(self._enter, i), prepend=True),
+                module.register_forward_hook(_Hook(self._leave, i), always_call=True),
             )
         ]
 
     @property
     def steps(self) -> list[str]:
-        """Names of the modules in the order in which they are expected."""
-        return [self._modules[i] for i in self._order]
+        """Names of the steps in the order in which they are expected."""
+        return [self._modules[i] if isinstance(i, int) else f"read of {i}" for i in self._order]
 
     def remove(self) -> None:
         """Take the hooks off the module."""
@@ -88,11 +118,23 @@ class LookAhead:
         for handle in self._handles:
             handle.remove()
 
-    def start(self) -> None:
-        """Ask for pages from the beginning of the order, as far as there is room."""
-        self._position = -1
-        self._asked = 0
-        self._ask_ahead(self._pager.cap)
+    def prefetch(self) -> None:
+        """Ask for pages from the beginning of the order, as far as there is room.
+
+        May be called while the model runs in another thread.
+        """
+        batch: set[int] = set()
+        left = self._pager.cap
+        page_size = self._region.core.page_size
+        for pages in self._steps:
+            batch.update(pages)
+            if len(batch) * page_size >= min(self._batch, left):
+                self._ask(batch)
+                left -= len(batch) * page_size
+                batch = set()
+            if left <= 0:
+                return
+        self._ask(batch)
 
     def unwind(self) -> None:
         """End calls that an interrupt left open."""
@@ -101,18 +143,15 @@ class LookAhead:
 
     # ---- hooks ---------------------------------------------------------------------------------
 
-    def _enter(self, index: int, module: nn.Module, args: object) -> None:
+    def _enter(self, index: int) -> None:
         call = _Call(index)
         if not self._calls:
             self._enter_outermost(index, call)
         self._calls.append(call)  # before what can fail: the other hook pops it in any case
         if self._pages[index]:
-            self._called.append(index)
-            self._advance(index)
-            self._begin(call, sorted(self._pages[index]))
-            self._ask_ahead(self._window)
+            self._begin(call, index)
 
-    def _leave(self, index: int, module: nn.Module, args: object, output: object) -> None:
+    def _leave(self, index: int) -> None:
         if not self._calls or self._calls[-1].module != index:
             return  # unwound meanwhile
         outermost = len(self._calls) == 1
@@ -126,10 +165,10 @@ class LookAhead:
     def _enter_outermost(self, index: int, call: _Call) -> None:
         self._binding.warn_if_moved()
         self._called = []
-        if index not in self._orders:
+        if index not in self._orders or self._watched:
             call.observer = ReadObserver(self._storages, self._read)
             call.observer.__enter__()  # type: ignore[no-untyped-call]
-        elif self._orders[index] is not self._order:
+        if self._orders.get(index, self._order) is not self._order:
             self._follow(self._orders[index])
 
     def _close(self, call: _Call) -> None:
@@ -146,51 +185,55 @@ class LookAhead:
 
     def _read(self, pages: set[int]) -> None:
         held = {page for call in self._calls for pages in call.pages for page in pages}
-        unscheduled = sorted(pages - held)
+        unscheduled = tuple(sorted(pages - held))
         if unscheduled:
-            call = self._calls[-1]
-            self.unscheduled_reads += 1
-            self._begin(call, unscheduled)
-            self._pages[call.module].update(unscheduled)
-            if call.module not in self._called:
-                self._called.append(call.module)
+            self._watched = True
+            self.unscheduled_reads += unscheduled not in self._order
+            self._begin(self._calls[-1], unscheduled)
 
-    def _begin(self, call: _Call, pages: list[int]) -> None:
+    def _begin(self, call: _Call, step: Step) -> None:
+        """Begin a step; it ends with the call."""
+        self._called.append(step)
+        self._advance(step)
+        pages = self._pages_of(step)
         try:
             self._pager.core.begin(self._region.core, pages, self._pager.stream())
         except CapExceededError as error:
-            step = self._modules[call.module] or type(self._binding.module).__name__
+            name = self._modules[call.module] or type(self._binding.module).__name__
             size = format_bytes(len(pages) * self._region.core.page_size)
             raise CapExceededError(
-                f"model {self._name!r}: step {step!r} reads {size} at once. {error}",
+                f"model {self._name!r}: step {name!r} reads {size} at once. {error}",
                 requested=error.requested,
                 cap=error.cap,
                 used=error.used,
             ) from None
         call.pages.append(pages)
+        self._ask_ahead(self._window)
+
+    def _pages_of(self, step: Step) -> list[int]:
+        return sorted(self._pages[step]) if isinstance(step, int) else list(step)
 
     # ---- order ---------------------------------------------------------------------------------
 
-    def _follow(self, order: list[int]) -> None:
-        """Expect the modules in this order, over and over."""
+    def _follow(self, order: list[Step]) -> None:
+        """Expect the steps in this order, over and over."""
         self._order = order
         page_size = self._region.core.page_size
-        self._step_bytes = [len(self._pages[i]) * page_size for i in order]
+        self._steps = [self._pages_of(step) for step in order]
+        self._step_bytes = [len(pages) * page_size for pages in self._steps]
         self._bytes_before = [0, *accumulate(self._step_bytes)]
         self._window = self._pager.cap // 2
         self._batch = max(1, min(_LARGEST_BATCH, self._window // 4))
         self._position = -1  # of the step that runs
         self._asked = 0  # steps after it that were asked for
-        self._pager.core.set_schedule(
-            self._region.core, [sorted(self._pages[i]) for i in self._order]
-        )
+        self._pager.core.set_schedule(self._region.core, self._steps)
 
-    def _advance(self, index: int) -> None:
-        """Move to the next place of a module in the order, if it has one."""
+    def _advance(self, step: Step) -> None:
+        """Move to the next place of a step in the order, if it has one."""
         count = len(self._order)
         for skipped in range(count):
             place = (self._position + 1 + skipped) % count
-            if self._order[place] == index:
+            if self._order[place] == step:
                 self._position = place
                 self._asked = max(0, self._asked - 1 - skipped)
                 self._pager.core.advance(self._region.core, place)
@@ -206,10 +249,13 @@ class LookAhead:
             while self._asked < count - 1 and nbytes < self._batch:
                 self._asked += 1
                 place = (self._position + self._asked) % count
-                pages.update(self._pages[self._order[place]])
+                pages.update(self._steps[place])
                 nbytes += self._step_bytes[place]
             ahead += nbytes
-            self._pager.core.prefetch_ahead(self._region.core, sorted(pages))
+            self._ask(pages)
+
+    def _ask(self, pages: set[int]) -> None:
+        self._pager.core.prefetch_ahead(self._region.core, sorted(pages))
 
     def _bytes_ahead(self) -> int:
         first = self._position + 1

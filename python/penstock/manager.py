@@ -159,9 +159,9 @@ class MemoryManager:
             model = self._find(name)
             if model.acquired:
                 raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
+            self._evict(model)
             if model.lookahead is not None:
                 model.lookahead.remove()
-            self._evict(model)
             del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:
@@ -177,11 +177,11 @@ class MemoryManager:
         """
         with self._lock:
             model = self._find(name)
+            model.binding.warn_if_moved()
             if model.region is not None:
                 self._pager.core.set_active(model.region.core, True)
             model.acquired += 1
-            model.binding.warn_if_moved()
-            self._start(model)
+            self._prefetch(model)
             return model.binding.module
 
     def release(self, name: str, *, evict: bool = False) -> None:
@@ -233,7 +233,7 @@ class MemoryManager:
             If there is no such model.
         """
         with self._lock:
-            self._start(self._find(name))
+            self._prefetch(self._find(name))
 
     def stats(self) -> ManagerStats:
         """Return the figures of this manager and its models."""
@@ -270,9 +270,9 @@ class MemoryManager:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelError(f"there is no model {name!r}; registered: {known}") from None
 
-    def _start(self, model: _Model) -> None:
+    def _prefetch(self, model: _Model) -> None:
         if model.lookahead is not None:
-            model.lookahead.start()
+            model.lookahead.prefetch()
 
     def _evict(self, model: _Model) -> None:
         if model.region is not None:

@@ -43,6 +43,8 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
             name = "cuda" if _core.cuda_device_count() > 0 else "cpu"
         if name == "cuda" and torch.cuda.is_available():
             name = f"cuda:{torch.cuda.current_device()}"
+        if name == "cpu:0":
+            name = "cpu"
         core = _core.open_device(name)
     info = core.info()
     if info.kind is _core.DeviceKind.cuda:
@@ -100,14 +102,29 @@ class Region:
                 f"offset {offset} is not a multiple of {dtype.itemsize}, the item size of {dtype}"
             )
         nbytes = math.prod(shape) * dtype.itemsize
+        self._require_inside(offset, nbytes)
         if nbytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         flat: torch.Tensor = torch.utils.dlpack.from_dlpack(self.core.dlpack(offset, nbytes))
         return flat.view(dtype).view(tuple(shape))
 
     def pages_of(self, start: int, nbytes: int) -> list[int]:
-        """Return the indices of the pages that a byte range touches."""
+        """Return the indices of the pages that a byte range touches.
+
+        Raises
+        ------
+        IndexError
+            If the range leaves the region.
+        """
+        self._require_inside(start, nbytes)
         return self.core.pages_of(start, nbytes)
+
+    def _require_inside(self, start: int, nbytes: int) -> None:
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise IndexError(
+                f"{nbytes} bytes at {start} leave the region of {self.nbytes} bytes; give a range "
+                "inside it"
+            )
 
 
 class Pager:
@@ -201,6 +218,10 @@ class Pager:
             If the range cannot fit under the cap after eviction.
         DeviceError
             If the device refuses a call.
+        IndexError
+            If the range leaves the region.
+        ValueError
+            If the region is another pager's.
         """
         pages = self._pages(region, start, nbytes)
         reader = self.stream() if stream is None else stream

@@ -37,7 +37,7 @@ def parse_bytes(size: int | str) -> int:
     Raises
     ------
     ValueError
-        If the text is no size, or the size is not positive.
+        If the text is no size, or the size is not positive or beyond what 64 bits hold.
     """
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
@@ -47,8 +47,8 @@ def parse_bytes(size: int | str) -> int:
         size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     elif isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"a size is an int or a str, not {type(size).__name__}")
-    if size <= 0:
-        raise ValueError(f"a size is positive, not {size}")
+    if not 0 < size < 1 << 63:
+        raise ValueError(f"a size is positive and below 8 EiB, not {size}")
     return size
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from penstock.errors import ModelError
 
@@ -28,7 +30,7 @@ def set_payload(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     Raises
     ------
     RuntimeError
-        If torch cannot swap it, because something holds a weak reference to it.
+        If torch cannot swap it, because something refers to its tensor weakly or by a view.
     """
     replacement = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     if type(parameter) is not nn.Parameter:
@@ -49,17 +51,18 @@ def build_skeleton(module_or_builder: nn.Module | Callable[[], nn.Module]) -> nn
     Returns
     -------
     nn.Module
-        All parameters on meta, all buffers real.
+        All parameters on meta; all buffers real, but for those that the constructor computed from
+        parameters and that weights bring along.
 
     Raises
     ------
     ModelError
-        If a parameter has memory already, or a buffer has none.
+        If a parameter has memory already or no shape yet, or a buffer has lost its values.
     """
     if isinstance(module_or_builder, nn.Module):
         module = module_or_builder
     else:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _HugeOnMeta():
             module = module_or_builder()
     if not isinstance(module, nn.Module):
         raise ModelError(f"the builder returned {type(module).__name__}, not a torch.nn.Module")
@@ -67,43 +70,99 @@ def build_skeleton(module_or_builder: nn.Module | Callable[[], nn.Module]) -> nn
     return module
 
 
+class _Building(threading.local):
+    depth = 0  # builders that run in this thread, one inside the other
+
+
+_building = _Building()
+_patch_lock = threading.Lock()
+_patched = 0  # builders that run in all threads
+_register_parameter = nn.Module.register_parameter
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    register = nn.Module.register_parameter
-    builder_thread = threading.get_ident()
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is None or param.is_meta or threading.get_ident() != builder_thread:
-            return
-        if isinstance(param, UninitializedParameter):
-            raise ModelError(
-                f"parameter {name!r} of {type(self).__name__} has no shape until the first call; "
-                "give the module its sizes (Linear instead of LazyLinear, and so on)"
-            )
-        set_payload(param, torch.empty_like(param.data, device="meta"))
-
+    global _patched, _register_parameter
     with _patch_lock:
-        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        if _patched == 0:
+            _register_parameter = nn.Module.register_parameter
+            nn.Module.register_parameter = _register_on_meta  # type: ignore[method-assign]
+        _patched += 1
+    _building.depth += 1
+    try:
+        yield
+    finally:
+        _building.depth -= 1
+        with _patch_lock:
+            _patched -= 1
+            if _patched == 0:
+                nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]
+
+
+def _register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    _register_parameter(self, name, param)
+    if param is None or param.is_meta or _building.depth == 0:
+        return
+    if isinstance(param, UninitializedParameter):
+        raise _shapeless(name)
+    try:
+        set_payload(param, torch.empty_like(param.data, device="meta"))
+    except RuntimeError as error:
+        raise ModelError(
+            f"parameter {name!r} of {type(self).__name__} cannot be made without memory, because "
+            f"the constructor keeps a view or a weak reference of it ({error}). Build the module "
+            "under torch.device('meta') instead"
+        ) from error
+
+
+class _HugeOnMeta(TorchFunctionMode):
+    """Makes what does not fit into memory on meta: it can only be a parameter to be replaced."""
+
+    _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
         try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-_patch_lock = threading.Lock()
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if func not in self._FACTORIES or "allocate memory" not in str(error):
+                raise
+            return func(*args, **{**kwargs, "device": "meta"})
 
 
 def _require_skeleton(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise _shapeless(name)
     real = [name for name, parameter in module.named_parameters() if not parameter.is_meta]
     if real:
         raise ModelError(
             f"{len(real)} parameters have memory already (first: {real[0]!r}): pass a builder, "
             "such as lambda: Model(config), or a module made under torch.device('meta')"
         )
-    empty = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    if empty:
+    lost = []
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if isinstance(buffer, UninitializedBuffer):
+                raise _shapeless(full)
+            if buffer is not None and buffer.is_meta and name in owner._non_persistent_buffers_set:
+                lost.append(full)
+    if lost:
         raise ModelError(
-            f"{len(empty)} buffers are on meta (first: {empty[0]!r}), so what the constructor "
+            f"{len(lost)} buffers are on meta (first: {lost[0]!r}), so what the constructor "
             "computed into them is lost: pass a builder, such as lambda: Model(config)"
         )
+
+
+def _shapeless(name: str) -> ModelError:
+    return ModelError(
+        f"{name!r} has no shape until the first call: give the module its sizes (Linear instead of "
+        "LazyLinear, and so on)"
+    )

@@ -94,7 +94,19 @@ def open_weights(weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -
 
 def _in_memory(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Source]]:
     for name, tensor in tensors.items():
-        yield name, Source(name, tensor.dtype, tuple(tensor.shape), tensor.detach())
+        if not isinstance(tensor, torch.Tensor):
+            raise _without_bytes(name, f"a {type(tensor).__name__}")
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = "on meta" if tensor.is_meta else "sparse or quantized"
+            raise _without_bytes(name, f"a tensor that is {kind}")
+        values = tensor.detach().resolve_conj().resolve_neg()
+        yield name, Source(name, values.dtype, tuple(values.shape), values)
+
+
+def _without_bytes(name: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r} of the given tensors is {what}: give a dense tensor with values", tensor=name
+    )
 
 
 def _in_files(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Source]]:
@@ -107,7 +119,7 @@ def find_slots(module: nn.Module) -> list[Slot]:
     """List the parameters and persistent buffers of a module, tied ones once, in its own order."""
     slots: dict[int, Slot] = {}
     for is_parameter in (True, False):
-        for prefix, owner in module.named_modules():
+        for prefix, owner in module.named_modules(remove_duplicate=False):
             held = owner._parameters if is_parameter else owner._buffers
             for name, tensor in held.items():
                 if tensor is None or name in owner._non_persistent_buffers_set:
@@ -136,7 +148,7 @@ def match(
     ----------
     strict
         Whether names that the module lacks, and buffers that the weights lack, are an error. A
-        parameter without a value is an error in any case.
+        parameter, or a buffer on meta, without a value is an error in any case.
 
     Returns
     -------
@@ -155,7 +167,7 @@ def match(
         found = [weights.sources[name] for name in slot.names if name in weights.sources]
         if found:
             pairs[index] = found[-1]
-        elif strict or slot.is_parameter:
+        elif strict or slot.current.is_meta:
             missing.append(slot.names[0])
         problems += [
             f"size mismatch for {source.name}: the weights have {list(source.shape)}, "
