@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -51,14 +52,25 @@ int open_spill(const std::string& directory) {
   return named;
 }
 
+[[noreturn]] void refuse_space(int code, std::size_t nbytes, const std::string& directory) {
+  throw DeviceError("fallocate", code,
+                    "no room for " + format_bytes(nbytes) + " of spill file in " + directory +
+                        ": " + std::strerror(code) +
+                        ". Free disk space, or set PENSTOCK_SPILL_DIR to another disk");
+}
+
 void allocate_space(int descriptor, std::size_t nbytes, const std::string& directory) {
   const auto size = static_cast<off_t>(nbytes);
   if (::ftruncate(descriptor, size) != 0) throw system_error("ftruncate", errno);
-  if (::fallocate(descriptor, 0, 0, size) == 0 || errno == EOPNOTSUPP) return;
-  throw DeviceError("fallocate", errno,
-                    "no room for " + format_bytes(nbytes) + " of spill file in " + directory +
-                        ": " + std::strerror(errno) +
-                        ". Free disk space, or set PENSTOCK_SPILL_DIR to another disk");
+  // Asked for more than there is, fallocate() takes all of it before it gives up, and others on
+  // the disk would see it full.
+  struct statvfs disk{};
+  if (::fstatvfs(descriptor, &disk) == 0 && nbytes / disk.f_frsize >= disk.f_bavail) {
+    refuse_space(ENOSPC, nbytes, directory);
+  }
+  if (::fallocate(descriptor, 0, 0, size) != 0 && errno != EOPNOTSUPP) {
+    refuse_space(errno, nbytes, directory);
+  }
 }
 
 void write_all(int descriptor, const char* source, std::uint64_t offset, std::size_t nbytes) {

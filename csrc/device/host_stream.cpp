@@ -53,7 +53,17 @@ void HostStream::record(HostEvent& event) {
 }
 
 void HostStream::wait(HostEvent& event) {
-  if (const auto completion = event.latest()) submit([completion] { completion->wait(); });
+  const auto completion = event.latest();
+  if (!completion) return;
+  // Not skipped after an error, as other tasks are: what is submitted behind the next record runs
+  // again, and still counts on this order.
+  thread_.submit([this, completion] {
+    try {
+      completion->wait();
+    } catch (...) {
+      if (!error_) error_ = std::current_exception();
+    }
+  });
 }
 
 void HostStream::synchronize() {

@@ -292,6 +292,7 @@ void ManagedPager::retire(Region& region) noexcept {
     std::unique_lock lock(mutex_);
     request_done_.wait(lock, [&] { return region.pending_ == 0; });
     regions_.erase(std::remove(regions_.begin(), regions_.end(), &region), regions_.end());
+    ++retiring_;
     for (std::size_t i = 0; i < region.page_count(); ++i) {
       const auto page = static_cast<PageIndex>(i);
       if (region.table_.state(page) == PageState::kAbsent) continue;
@@ -311,8 +312,14 @@ void ManagedPager::retire(Region& region) noexcept {
       device_->suppress(error.what());
     }
   }
+  settle(evict_stream_);  // it has work of this region only where a wait for it failed
   region.memory_.reset();
   budget_->release(Tag::kWeights, charged);
+  {
+    const std::lock_guard lock(mutex_);
+    --retiring_;
+  }
+  request_done_.notify_all();
 }
 
 }  // namespace penstock

@@ -131,6 +131,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   bool make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency);
   std::size_t drop(Region& region, const std::vector<PageIndex>& pages);
   void wait_until_over(OwnedEvent& event);
+  /// Waits for a stream in which something failed, and takes the error out of it.
+  void settle(const OwnedStream& stream) noexcept;
 
   // With mutex_ held.
   Hold hold(Region& region);
@@ -146,6 +148,7 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   mutable std::mutex mutex_;  // page tables, events and figures of all regions
   std::condition_variable request_done_;
   std::vector<Region*> regions_;
+  std::size_t retiring_ = 0;  // regions that are no longer in the list, but still charged
   std::uint64_t activity_ = 0;
   PagerStats stats_;
 

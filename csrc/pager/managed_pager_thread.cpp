@@ -73,17 +73,13 @@ void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& page
   } catch (...) {
     // Some runs may be on their way: take them back before the charge is.
     const std::exception_ptr cause = std::current_exception();
-    try {
-      device_->stream_synchronize(load_stream_.get());
-    } catch (const std::exception& second) {
-      device_->suppress(second.what());
-    }
+    settle(load_stream_);
     try {
       issue_evict(region, pages);
-      device_->stream_synchronize(evict_stream_.get());
     } catch (const std::exception& second) {
       device_->suppress(second.what());
     }
+    settle(evict_stream_);
     std::rethrow_exception(cause);
   }
   const std::lock_guard lock(mutex_);
@@ -103,19 +99,24 @@ void ManagedPager::issue_evict(Region& region, const std::vector<PageIndex>& pag
 
 bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency) {
   for (;;) {
-    const std::size_t available = budget_->available();
-    if (available >= nbytes) {
-      if (budget_->try_charge(Tag::kWeights, nbytes)) return true;
-      continue;  // another holder of the budget was faster
-    }
     std::vector<Victims> victims;
     std::vector<Hold> holds;
     {
-      const std::lock_guard lock(mutex_);
+      std::unique_lock lock(mutex_);
+      const std::size_t available = budget_->available();
+      if (available >= nbytes) {
+        if (budget_->try_charge(Tag::kWeights, nbytes)) return true;
+        continue;  // another holder of the budget was faster
+      }
       victims = choose_victims(region, nbytes - available, after, urgency);
+      if (victims.empty()) {
+        if (urgency == Urgency::kAhead || retiring_ == 0) return false;
+        // Regions that are going hold a charge, but no page that could be evicted.
+        request_done_.wait(lock, [&] { return retiring_ == 0; });
+        continue;
+      }
       for (const auto& each : victims) holds.push_back(hold(*each.region));
     }
-    if (victims.empty()) return false;
     // This gives back less than expected where pages were pinned meanwhile: hence the loop.
     for (const auto& each : victims) drop(*each.region, each.pages);
   }
@@ -147,9 +148,11 @@ std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wan
     issue_evict(region, all);
     device_->stream_synchronize(evict_stream_.get());
   } catch (...) {
+    const std::exception_ptr cause = std::current_exception();
+    settle(evict_stream_);  // what it was given must not outlive the region
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : pages) region.table_.cancel_evict(page);
-    throw;
+    std::rethrow_exception(cause);
   }
   const std::size_t nbytes = bytes_of(region, pages);
   {
@@ -164,12 +167,21 @@ std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wan
   return nbytes;
 }
 
+void ManagedPager::settle(const OwnedStream& stream) noexcept {
+  try {
+    device_->stream_synchronize(stream.get());
+  } catch (const std::exception& error) {
+    device_->suppress(error.what());
+  }
+}
+
 void ManagedPager::wait_until_over(OwnedEvent& event) {
   try {
     device_->event_synchronize(event.get());
-  } catch (const DeviceError&) {
+  } catch (const DeviceError& error) {
     // Work that failed reads and writes nothing any more; only a wait that failed is an error.
     if (!device_->event_done(event.get())) throw;
+    device_->suppress(error.what());
   }
 }
 
