@@ -34,16 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    console = Console(stderr=options.json)
+    # No markup: names of tensors and texts of users are printed as they are.
+    console = Console(stderr=options.json, markup=False, emoji=False)
     try:
         found = options.run(options, console)
-    except (PenstockError, OSError) as error:
+    except (PenstockError, OSError, ValueError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
         else:
-            Console(stderr=True).print(
-                f"penstock: {error}", style="red", markup=False, highlight=False
-            )
+            errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+            errors.print(f"penstock: {error}", style="red")
         return 1
     if options.json:
         print(json.dumps(found, indent=2))

@@ -127,7 +127,7 @@ class _SystemPeak(threading.Thread):
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]{found['query']}[/bold]", highlight=False)
+    console.print(found["query"], style="bold", highlight=False)
     ranking = Table("score", "sentence")
     for row in found["ranking"]:
         ranking.add_row(f"{row['score']:.3f}", row["sentence"])
