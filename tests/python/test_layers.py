@@ -1,0 +1,99 @@
+"""Who may know whom in csrc: the rooms, what they include, and how long a file may be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+# A room may include itself and the rooms named here.
+MAY_INCLUDE = {
+    "error": set(),
+    "threading": {"error"},
+    "device": {"error", "threading"},
+    "budget": {"error", "threading"},
+    "page_table": {"error"},
+    "pager": {"device", "budget", "page_table", "threading", "error"},
+    "loader": {"pager", "device", "error", "threading"},
+    "dlpack": {"pager", "device", "error"},
+    "bindings": {
+        "dlpack",
+        "loader",
+        "pager",
+        "page_table",
+        "budget",
+        "device",
+        "threading",
+        "error",
+    },
+}
+PYTHON_ROOMS = {"bindings", "dlpack"}
+LONGEST_FILE = 450  # lines
+
+INCLUDE = re.compile(r"^\s*#\s*include\s*([<\"])([^>\"]+)[>\"]", re.MULTILINE)
+TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
+PYTHON = re.compile(r"^(pybind11/|Python\.h$)")
+CUDA = re.compile(r"^(cuda|nv|cu[A-Z]|driver_types)|\.cuh$")
+
+FILES = sorted(path for pattern in ("*.hpp", "*.cpp", "*.cu") for path in CSRC.rglob(pattern))
+HEADERS = [path for path in FILES if path.suffix == ".hpp"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CSRC).as_posix()
+
+
+def includes(path: Path) -> list[tuple[bool, str]]:
+    """Give each include of a file: whether it is one in quotes, and what it names."""
+    return [(quote == '"', target) for quote, target in INCLUDE.findall(path.read_text())]
+
+
+def test_every_room_is_in_the_graph() -> None:
+    assert {path.relative_to(CSRC).parts[0] for path in FILES} == set(MAY_INCLUDE)
+
+
+def test_the_graph_has_no_cycle() -> None:
+    ranks: dict[str, int] = {}
+    while len(ranks) < len(MAY_INCLUDE):
+        free = [room for room in MAY_INCLUDE if room not in ranks and MAY_INCLUDE[room] <= {*ranks}]
+        assert free, f"rooms in a cycle: {set(MAY_INCLUDE) - set(ranks)}"
+        ranks.update(dict.fromkeys(free, len(ranks)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_room_includes_only_what_it_may_know(path: Path) -> None:
+    room = path.relative_to(CSRC).parts[0]
+    for ours, target in includes(path):
+        if ours:
+            assert (CSRC / target).is_file(), f'"{target}" is not "room/file" of csrc'
+            assert target.split("/")[0] in MAY_INCLUDE[room] | {room}, f"{room} includes {target}"
+        else:
+            assert not (CSRC / target).exists(), f"<{target}> is ours: it takes quotes"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_foreign_headers_stay_in_their_rooms(path: Path) -> None:
+    room = path.relative_to(CSRC).parts[0]
+    targets = [target for _, target in includes(path)]
+    assert not [target for target in targets if TORCH.match(target)]
+    if room not in PYTHON_ROOMS:
+        assert not [target for target in targets if PYTHON.match(target)]
+    if not (room == "device" and path.name.startswith("cuda_")):
+        assert not [target for target in targets if CUDA.search(target)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_file_is_not_too_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=name)
+def test_header_opens_with_prose_and_is_included_once(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    prose = lines[: lines.index("#pragma once")]
+    assert prose, "a paragraph that says what this is comes first"
+    assert all(line.startswith("//") for line in prose)
+    assert re.search(r"[a-z]{3,}.*\.", " ".join(prose)), "a sentence, not a label"
