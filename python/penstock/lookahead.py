@@ -3,8 +3,9 @@
 A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
 end steps. The first call of each entry point (the outermost module called) is watched operation by
 operation: what a module reads of others' tensors is a step of its own, begun when it is read and
-ended with the call. A model that does so is watched in every call, so that the cap holds whatever
-it reads. The order of steps is learned from every call; before the first it is that of registration.
+ended with the call. A model that does so is watched in every call, so that the cap holds whichever
+tensors it reads. The order of steps is learned from every call; before the first it is that of
+registration.
 
 This is the small, first form of look-ahead. One model runs in one thread at a time.
 """

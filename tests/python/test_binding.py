@@ -170,6 +170,7 @@ def test_deep_copy_is_an_ordinary_model(
     assert twin.head.weight is twin.embedding.weight
     assert all(own[name] != address for name, address in addresses(twin).items())
     assert same_bits(twin.state_dict(), reference.state_dict())
+    manager.pager.synchronize()
     before = manager.stats()
     assert same_bits(twin(IDS), reference(IDS))
     twin.half()
