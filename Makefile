@@ -36,7 +36,7 @@ help: ## List the tasks
 demo: $(VENV)/package.done $(VENV)/demo.done ## Run a real model under a cap and show what it saves
 	@penstock demo $(DEMO_ARGS)
 
-test: $(VENV)/package.done $(VENV)/checks.done ## Run the checks, the C++ tests and the Python tests
+test: $(VENV)/package.done $(VENV)/checks.done $(VENV)/demo.done ## Run the checks, the C++ tests and the Python tests
 	@tools/test $(PYTEST_ARGS)
 
 lint: $(VENV)/package.done $(VENV)/checks.done ## Check form and types of all sources

@@ -1,11 +1,11 @@
 """Running a model module by module: pages are fetched ahead of their use and free after it.
 
 A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
-end steps. The first call of each entry point (the outermost module called) is watched operation by
-operation: what a module reads of others' tensors is a step of its own, begun when it is read and
-ended with the call. A model that does so is watched in every call, so that the cap holds whichever
-tensors it reads. The order of steps is learned from every call; before the first it is that of
-registration.
+end steps. Calls are watched operation by operation: what a module reads of others' tensors is a
+step of its own, begun when it is read and ended with the call, so that the cap holds whatever is
+read. A model that fits under the cap is watched in the first call of each entry point (the outermost
+module called) only, unless it read others' tensors there. The order of steps is learned from every
+call; before the first it is that of registration.
 
 This is the small, first form of look-ahead. One model runs in one thread at a time.
 """
@@ -81,7 +81,7 @@ class LookAhead:
         self._pager = pager
         self._region = region
         self.unscheduled_reads = 0
-        self._watched = False  # whether every call is watched, not only the first
+        self._watched = region.nbytes > pager.cap  # in every call, not only the first
         self.passes = 0
 
         self._modules = [module_name for module_name, _ in binding.module.named_modules()]

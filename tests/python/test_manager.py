@@ -329,9 +329,12 @@ def test_error_between_uses_of_an_acquired_model_leaves_it_usable() -> None:
     assert manager.stats().models["m"].passes >= 1
 
 
-def test_interrupt_from_outside_ends_a_forward_cleanly() -> None:
+def test_interrupt_from_outside_ends_a_forward_cleanly(request: pytest.FixtureRequest) -> None:
     """As Ctrl-C does it: at some operation, not at a statement that raises."""
     several = Several(2 * STEP)
+    # Where the shell started us in the background, the signal is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt(module: nn.Module, args: object) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -1,22 +1,25 @@
-"""The page table against a model of it, through sequences of calls that hypothesis makes up."""
+"""The page table against its drawing and against victims chosen the slow and obvious way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
-from penstock import ScheduleError
 from penstock._core import PageState, PageTable
+from penstock.errors import ScheduleError
 
-PAGES = 6
-PAGE = st.integers(0, PAGES - 1)
-STEPS = st.lists(st.lists(PAGE, max_size=4), max_size=5)
-
-MOVES = {
+# The arrows of the drawing in page_table.hpp.
+ARROWS = {
     "begin_load": (PageState.absent, PageState.loading),
     "finish_load": (PageState.loading, PageState.resident),
     "cancel_load": (PageState.loading, PageState.absent),
@@ -24,111 +27,151 @@ MOVES = {
     "finish_evict": (PageState.evicting, PageState.absent),
     "cancel_evict": (PageState.evicting, PageState.resident),
 }
+NEVER = float("inf")
 
 
-class Table(RuleBasedStateMachine):
-    """States, pins and order of use in plain lists; next uses by looking through the schedule."""
+@dataclass
+class Page:
+    state: PageState = PageState.absent
+    pins: int = 0
+    last_use: int = 0
 
-    @initialize(steps=STEPS)
-    def start(self, steps: list[list[int]]) -> None:
-        self.table = PageTable(PAGES)
-        self.states = [PageState.absent] * PAGES
-        self.pins = [0] * PAGES
-        self.last_use = [0] * PAGES
-        self.clock = 0
-        self.set_schedule(steps)
 
-    def next_use(self, page: int) -> int | None:
-        """Look at one pass from now on: the time of a step is its place plus one, and on and on."""
-        for time in range(self.now + 1, self.now + 1 + len(self.steps)):
+@dataclass
+class Reference:
+    pages: list[Page]
+    steps: list[list[int]] = field(default_factory=list)
+    now: int = 0
+    uses: int = 0
+
+    def next_use(self, page: int) -> float:
+        """Walk through the repeated schedule until the page comes."""
+        for time in range(self.now + 1, self.now + len(self.steps) + 1):
             if page in self.steps[(time - 1) % len(self.steps)]:
                 return time
-        return None
+        return NEVER
 
-    @rule(steps=STEPS)
-    def set_schedule(self, steps: list[list[int]]) -> None:
-        self.table.set_schedule(steps)
-        self.steps = steps
-        self.now = 0
+    def victims(self, limit: int, after: int = 0) -> list[int]:
+        free = [
+            index
+            for index, page in enumerate(self.pages)
+            if page.state is PageState.resident and page.pins == 0 and self.next_use(index) > after
+        ]
+        free.sort(key=lambda index: (-self.next_use(index), self.pages[index].last_use, -index))
+        return free[:limit]
 
-    @rule(step=st.integers(0, 5))
-    def advance(self, step: int) -> None:
-        if step >= len(self.steps):
-            with pytest.raises(IndexError):
-                self.table.advance(step)
+
+class PageTableMachine(RuleBasedStateMachine):
+    @initialize(page_count=st.integers(1, 8))
+    def make(self, page_count: int) -> None:
+        self.table = PageTable(page_count)
+        self.reference = Reference([Page() for _ in range(page_count)])
+
+    def draw_page(self, data: st.DataObject) -> int:
+        return data.draw(st.integers(0, len(self.reference.pages) - 1))
+
+    @rule(data=st.data(), arrow=st.sampled_from(sorted(ARROWS)))
+    def move(self, data: st.DataObject, arrow: str) -> None:
+        index = self.draw_page(data)
+        page = self.reference.pages[index]
+        source, target = ARROWS[arrow]
+        call = getattr(self.table, arrow)
+        if page.state is source and not (arrow == "begin_evict" and page.pins):
+            call(index)
+            page.state = target
+        else:
+            with pytest.raises(ScheduleError, match=f"page {index} is"):
+                call(index)
+
+    @rule(data=st.data())
+    def bring_in(self, data: st.DataObject) -> None:
+        """Take the common way; it is what makes victims."""
+        index = self.draw_page(data)
+        page = self.reference.pages[index]
+        if page.state is not PageState.absent:
             return
+        self.table.begin_load(index)
+        self.table.finish_load(index)
+        self.table.touch(index)
+        page.state = PageState.resident
+        self.reference.uses += 1
+        page.last_use = self.reference.uses
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        index = self.draw_page(data)
+        self.table.pin(index)
+        self.reference.pages[index].pins += 1
+
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        index = self.draw_page(data)
+        page = self.reference.pages[index]
+        if page.pins:
+            self.table.unpin(index)
+            page.pins -= 1
+        else:
+            with pytest.raises(ScheduleError, match=f"page {index} is not pinned"):
+                self.table.unpin(index)
+
+    @rule(data=st.data())
+    def touch(self, data: st.DataObject) -> None:
+        index = self.draw_page(data)
+        self.table.touch(index)
+        self.reference.uses += 1
+        self.reference.pages[index].last_use = self.reference.uses
+
+    @rule(data=st.data())
+    def set_schedule(self, data: st.DataObject) -> None:
+        page = st.integers(0, len(self.reference.pages) - 1)
+        steps = data.draw(st.lists(st.lists(page, max_size=4), max_size=6))
+        self.table.set_schedule(steps)
+        self.reference.steps = steps
+        self.reference.now = 0
+
+    @rule()
+    def set_schedule_with_a_page_that_does_not_exist(self) -> None:
+        with pytest.raises(IndexError):
+            self.table.set_schedule([[0], [len(self.reference.pages)]])
+
+    @precondition(lambda self: self.reference.steps)
+    @rule(data=st.data())
+    def advance(self, data: st.DataObject) -> None:
+        count = len(self.reference.steps)
+        step = data.draw(st.integers(0, count - 1))
         self.table.advance(step)
-        self.now += 1
-        while (self.now - 1) % len(self.steps) != step:
-            self.now += 1
+        self.reference.now += (step - self.reference.now) % count + 1
 
-    @rule(name=st.sampled_from(list(MOVES)), page=PAGE)
-    def move(self, name: str, page: int) -> None:
-        call: Callable[[int], None] = getattr(self.table, name)
-        before, after = MOVES[name]
-        if self.states[page] is before and not (name == "begin_evict" and self.pins[page]):
-            call(page)
-            self.states[page] = after
-        else:
-            with pytest.raises(ScheduleError, match=f"page {page} "):
-                call(page)
+    @rule(beyond=st.integers(0, 3))
+    def advance_to_a_step_that_does_not_exist(self, beyond: int) -> None:
+        with pytest.raises(IndexError):
+            self.table.advance(len(self.reference.steps) + beyond)
 
-    @rule(page=PAGE)
-    def load(self, page: int) -> None:
-        assume(self.states[page] is PageState.absent)
-        self.move("begin_load", page)
-        self.move("finish_load", page)
-
-    @rule(page=PAGE)
-    def pin(self, page: int) -> None:
-        self.table.pin(page)
-        self.pins[page] += 1
-
-    @rule(page=PAGE)
-    def unpin(self, page: int) -> None:
-        if self.pins[page]:
-            self.table.unpin(page)
-            self.pins[page] -= 1
-        else:
-            with pytest.raises(ScheduleError, match="not pinned"):
-                self.table.unpin(page)
-
-    @rule(page=PAGE)
-    def touch(self, page: int) -> None:
-        self.table.touch(page)
-        self.clock += 1
-        self.last_use[page] = self.clock
+    @rule(limit=st.integers(0, 9), later=st.integers(0, 9))
+    def ask_for_some_victims(self, limit: int, later: int) -> None:
+        after = self.reference.now + later
+        assert self.table.victims(limit, after) == self.reference.victims(limit, after)
 
     @invariant()
-    def agrees(self) -> None:
-        never = float("inf")
-        uses = {page: self.next_use(page) for page in range(PAGES)}
-        assert [self.table.state(page) for page in range(PAGES)] == self.states
-        assert [self.table.pins(page) for page in range(PAGES)] == self.pins
-        assert {page: self.table.next_use(page) for page in range(PAGES)} == uses
+    def every_page_is_as_in_the_reference(self) -> None:
+        table, reference = self.table, self.reference
+        assert table.page_count == len(reference.pages)
+        assert table.now == reference.now
+        for index, page in enumerate(reference.pages):
+            next_use = table.next_use(index)
+            assert (table.state(index), table.pins(index)) == (page.state, page.pins)
+            assert (NEVER if next_use is None else next_use) == reference.next_use(index)
         for state in PageState:
-            assert self.table.count(state) == self.states.count(state)
-        evictable = [
-            page
-            for page in range(PAGES)
-            if self.states[page] is PageState.resident and not self.pins[page]
-        ]
-        evictable.sort(key=lambda page: (-(uses[page] or never), self.last_use[page], -page))
-        assert self.table.victims(PAGES) == evictable
-        assert self.table.victims(2) == evictable[:2]
-        later = [page for page in evictable if (uses[page] or never) > self.now + 2]
-        assert self.table.victims(PAGES, self.now + 2) == later
+            assert table.count(state) == sum(page.state is state for page in reference.pages)
+        assert table.victims(99) == reference.victims(99)
 
 
-Table.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
-TestTable = Table.TestCase
+TestPageTable = PageTableMachine.TestCase
+TestPageTable.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
-def test_pages_that_do_not_exist_are_refused_and_nothing_changes() -> None:
+def test_pages_that_do_not_exist_are_refused() -> None:
     table = PageTable(2)
-    table.set_schedule([[0], [1]])
-    with pytest.raises(IndexError):
-        table.set_schedule([[2]])
-    with pytest.raises(IndexError):
-        table.begin_load(2)
-    assert table.next_use(1) == 2
+    for name in [*ARROWS, "pin", "unpin", "touch", "state", "pins", "next_use"]:
+        with pytest.raises(IndexError):
+            getattr(table, name)(2)
