@@ -3,9 +3,9 @@
 A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
 end steps. Calls are watched operation by operation: what a module reads of others' tensors is a
 step of its own, begun when it is read and ended with the call, so that the cap holds whatever is
-read. A model that fits under the cap is watched in the first call of each entry point (the outermost
-module called) only, unless it read others' tensors there. The order of steps is learned from every
-call; before the first it is that of registration.
+read. A model that fits under the cap is watched in the first call of each entry point (the
+outermost module called) only, unless it read others' tensors there. The order of steps is learned
+from every call; before the first it is that of registration.
 
 This is the small, first form of look-ahead. One model runs in one thread at a time.
 """

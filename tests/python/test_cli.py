@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import penstock
 from penstock import _core
-from penstock.cli import main
+from penstock.cli import demo, main
 from python.support import MIB
 
 needs_model = pytest.mark.skipif(
@@ -284,6 +284,41 @@ def test_demo_tells_people_the_same(shell: Shell) -> None:
         "peak by the system",
     ):
         assert part in shell.out
+
+
+@needs_model
+def test_demo_whose_cap_was_crossed_fails(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    class HighPeak(demo._SystemPeak):
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            self.nbytes = 64 * MIB + 1
+
+    monkeypatch.setattr(demo, "_SystemPeak", HighPeak)
+    found = shell.json("demo", "--device", "cpu", code=1)
+    assert found["ok"] is False
+    assert found["bit_identical"] is True
+
+
+@needs_model
+def test_demo_with_one_bit_that_differs_fails(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    load = transformers.AutoModel.from_pretrained
+
+    def load_and_spoil(*args: object, **options: object) -> torch.nn.Module:
+        model = load(*args, **options)
+        with torch.no_grad():
+            bias = model.encoder.layer[-1].output.LayerNorm.bias
+            bias[7] = torch.nextafter(bias[7], torch.tensor(9.0))
+        return model
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load_and_spoil)
+    found = shell.json("demo", "--device", "cpu", code=1)
+    assert found["ok"] is found["bit_identical"] is False
+    assert shell.run("demo", "--device", "cpu") == 1
+    assert "NOT EQUAL" in shell.out
 
 
 @needs_model

@@ -625,6 +625,43 @@ def test_bytes_moved_are_at_least_what_must_move_and_at_most_all_each_pass(room:
     assert after.peak <= cap
 
 
+def test_pages_are_there_before_the_steps_that_read_them() -> None:
+    """Given the time, look-ahead leaves nothing to load on demand: in any pass, under any cap."""
+
+    class Steps(nn.Module):
+        """Calls its parts in another order than that in which it has them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for i in (5, 2, 7, 0, 3, 6, 1, 4):
+                x = self.parts[i](x)
+            return x
+
+    model = build(Steps)
+    manager = manager_with(Steps, state_of(model), cap=6 * 20 * KIB, page_size=PAGE)
+    x = torch.ones(1, 64)
+    with torch.no_grad(), manager.use("m") as module:
+        assert same_bits(module(x), model(x))  # in which the order is learned
+        handles = [
+            part.register_forward_pre_hook(lambda *_: manager.pager.synchronize())
+            for part in module.parts
+        ]
+        assert same_bits(module(x), model(x))
+        before = manager.stats()
+        for _ in range(4):
+            assert same_bits(module(x), model(x))
+        after = manager.stats()
+    for handle in handles:
+        handle.remove()
+    assert after.hits - before.hits == 4 * 8
+    assert after.demand_loads == before.demand_loads
+    assert after.ahead_loads > before.ahead_loads
+    assert after.loaded_bytes - before.loaded_bytes < 4 * charge_of(manager._models["m"].region)
+
+
 def test_report_says_what_the_figures_say() -> None:
     several = Several(MIB)
     with several.manager.use("a") as module:

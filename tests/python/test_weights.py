@@ -277,6 +277,14 @@ def test_tensors_are_aligned_and_do_not_overlap() -> None:
     assert nbytes >= end
 
 
+def test_tensors_are_aligned_as_torch_aligns_them() -> None:
+    def builder() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(n, 3) for n in range(1, 60)))
+
+    module = bound(builder, state_of(build(builder)))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in module.state_dict().values())
+
+
 EDGES = [0.0, -0.0, 1 / 3, 65504.0, 65520.0, 1e-8, 5.9e-8, 3.4e38, -3.4e38, float("inf")]
 EDGES += [float("-inf"), float("nan"), 1.00390625, 1.01171875, 2**-126, 2**-149, 2049.0]
 
