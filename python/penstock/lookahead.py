@@ -3,8 +3,8 @@
 A step is the call of one module, and the pages of the tensors that it holds itself. Hooks begin and
 end steps. Calls are watched operation by operation: what a module reads of others' tensors is a
 step of its own, begun when it is read and ended with the call, so that the cap holds whatever is
-read. A model that fits under the cap is watched in the first call of each entry point (the
-outermost module called) only, unless it read others' tensors there. The order of steps is learned
+read. A model that is wholly resident is watched in the first call of each entry point (the
+outermost module called) only, unless it has read others' tensors. The order of steps is learned
 from every call; before the first it is that of registration.
 
 This is the small, first form of look-ahead. One model runs in one thread at a time.
@@ -81,7 +81,7 @@ class LookAhead:
         self._pager = pager
         self._region = region
         self.unscheduled_reads = 0
-        self._watched = region.nbytes > pager.cap  # in every call, not only the first
+        self._reads_others = False  # tensors of other modules, in some call so far
         self.passes = 0
 
         self._modules = [module_name for module_name, _ in binding.module.named_modules()]
@@ -146,9 +146,9 @@ class LookAhead:
 
     def _enter(self, index: int) -> None:
         call = _Call(index)
-        if not self._calls:
-            self._enter_outermost(index, call)
         self._calls.append(call)  # before what can fail: the other hook pops it in any case
+        if len(self._calls) == 1:
+            self._enter_outermost(index, call)
         if self._pages[index]:
             self._begin(call, index)
 
@@ -166,11 +166,15 @@ class LookAhead:
     def _enter_outermost(self, index: int, call: _Call) -> None:
         self._binding.warn_if_moved()
         self._called = []
-        if index not in self._orders or self._watched:
+        if index not in self._orders or self._reads_others or not self._is_resident():
             call.observer = ReadObserver(self._storages, self._read)
             call.observer.__enter__()  # type: ignore[no-untyped-call]
         if self._orders.get(index, self._order) is not self._order:
             self._follow(self._orders[index])
+
+    def _is_resident(self) -> bool:
+        stats = self._pager.core.region_stats(self._region.core)
+        return stats.resident_pages == self._region.core.page_count
 
     def _close(self, call: _Call) -> None:
         if call.observer is not None:
@@ -188,7 +192,7 @@ class LookAhead:
         held = {page for call in self._calls for pages in call.pages for page in pages}
         unscheduled = tuple(sorted(pages - held))
         if unscheduled:
-            self._watched = True
+            self._reads_others = True
             self.unscheduled_reads += unscheduled not in self._order
             self._begin(self._calls[-1], unscheduled)
 

@@ -175,6 +175,38 @@ def test_acquired_model_gives_way_where_nothing_else_can() -> None:
     assert several.manager.stats().peak <= STEP
 
 
+class Sidestepping(nn.Module):
+    """Reads weights without a call, but not in its first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, direct: bool = False) -> torch.Tensor:
+        for part in self.parts:
+            x = nn.functional.linear(x, part.weight, part.bias) if direct else part(x)
+        return x
+
+
+def test_models_that_fit_one_by_one_stay_under_the_cap_together() -> None:
+    """Whatever they read, as the system counts it."""
+    model = build(Sidestepping)
+    manager = MemoryManager(cap=12 * MIB, device="cpu")
+    for name in "ab":  # 8 MiB each
+        manager.register(name, Sidestepping, state_of(model))
+    modules = {name: manager.acquire(name) for name in "ab"}
+    x = torch.linspace(-1, 1, 1024)[None]
+    with torch.no_grad():
+        for name, direct in (("b", False), ("a", False), ("b", True), ("a", True), ("b", True)):
+            assert same_bits(modules[name](x, direct), model(x, direct))
+            manager.pager.synchronize()
+            models = manager.stats().models.values()
+            assert sum(each.system_resident_bytes for each in models) <= 12 * MIB
+    for name in "ab":
+        manager.release(name, evict=True)
+    assert all(m.system_resident_bytes == 0 for m in manager.stats().models.values())
+
+
 def test_prefetch_brings_a_model_in_without_acquiring_it() -> None:
     several = Several(MIB)
     several.manager.prefetch("b")

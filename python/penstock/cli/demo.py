@@ -101,7 +101,11 @@ def _scores(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class _SystemPeak(threading.Thread):
-    """Watches a model's resident bytes as the operating system counts them, while a block runs."""
+    """Watches a model's resident bytes as the operating system counts them, while a block runs.
+
+    The system's count is no snapshot: a page that goes while it counts, and the page that takes its
+    place, would be counted both. Counts during which something was evicted are left out.
+    """
 
     def __init__(self, manager: MemoryManager, name: str) -> None:
         super().__init__(daemon=True)
@@ -111,11 +115,13 @@ class _SystemPeak(threading.Thread):
         self.nbytes: int | None = None
 
     def run(self) -> None:
+        before = self._manager.stats()
         while not self._ended.wait(0.001):
-            now = self._manager.stats().models[self._name].system_resident_bytes
-            if now is None:
-                return
-            self.nbytes = max(now, self.nbytes or 0)
+            after = self._manager.stats()
+            counted = before.models[self._name].system_resident_bytes
+            if counted is not None and before.evicted_bytes == after.evicted_bytes:
+                self.nbytes = max(counted, self.nbytes or 0)
+            before = after
 
     def __enter__(self) -> _SystemPeak:
         self.start()
