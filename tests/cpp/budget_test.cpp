@@ -38,6 +38,7 @@ TEST(Budget, ChargesUpToTheCapAndNotAByteMore) {
   budget.release(Tag::kWeights, 1);
   EXPECT_TRUE(budget.try_charge(Tag::kCache, 1));
   EXPECT_EQ(sum_of_tags(budget.stats()), 100U);
+  EXPECT_EQ(budget.stats().refused, 1U);
 }
 
 TEST(Budget, SizesNearTheLargestNumberDoNotWrapAround) {
@@ -138,7 +139,7 @@ TEST(Budget, WaiterGetsItsBytesWhenTheyAreReleased) {
   Budget budget(10);
   budget.charge(Tag::kWeights, 10);
   bool charged = false;
-  Running waiter([&] { charged = budget.charge_within(Tag::kCache, 4, kLongest); });
+  Running waiter([&] { charged = budget.charge_within(Tag::kCache, 4, milliseconds::max()); });
   budget.release(Tag::kWeights, 3);  // not enough
   budget.release(Tag::kWeights, 1);
   waiter.join();
@@ -162,7 +163,8 @@ TEST(Budget, WaiterGetsItsBytesWhenTheCapGrows) {
   Budget budget(10);
   budget.charge(Tag::kWeights, 10);
   bool charged = false;
-  Running waiter([&] { charged = budget.charge_within(Tag::kCache, 4, kLongest); });
+  Running waiter([&] { charged = budget.charge_within(Tag::kCache, 4, milliseconds::max()); });
+  EXPECT_FALSE(eventually([&] { return waiter.ended(); }, milliseconds(50)));  // so it does wait
   EXPECT_TRUE(budget.try_set_cap(14));
   waiter.join();
   EXPECT_TRUE(charged);

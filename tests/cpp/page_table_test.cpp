@@ -100,6 +100,7 @@ TEST(PageTable, PinnedPageIsNoVictimInAnyState) {
     EXPECT_THROW(table.begin_evict(0), ScheduleError);
     table.unpin(0);
     EXPECT_EQ(table.victims(1), Pages{});  // pinned once more
+    EXPECT_THROW(table.begin_evict(0), ScheduleError);
     table.unpin(0);
     EXPECT_EQ(table.victims(1), state == PageState::kAbsent ? Pages{} : Pages{0});
     EXPECT_THROW(table.unpin(0), ScheduleError);
