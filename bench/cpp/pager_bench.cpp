@@ -32,7 +32,7 @@ struct Setup {
   std::shared_ptr<Device> device;
   std::shared_ptr<Budget> budget;
   std::shared_ptr<ManagedPager> pager;
-  std::shared_ptr<Region> region;
+  std::shared_ptr<ManagedRegion> region;
   std::vector<PageIndex> pages;
 };
 

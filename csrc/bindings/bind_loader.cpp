@@ -14,7 +14,7 @@ namespace {
 
 using ExtentTuple = std::tuple<std::size_t, std::uint64_t, std::size_t, std::size_t>;
 
-std::unique_ptr<FillJob> start_fill(std::shared_ptr<Region> region,
+std::unique_ptr<FillJob> start_fill(std::shared_ptr<FillTarget> target,
                                     const std::vector<std::string>& paths,
                                     const std::vector<ExtentTuple>& extents, std::size_t threads) {
   std::vector<Extent> typed;
@@ -22,7 +22,7 @@ std::unique_ptr<FillJob> start_fill(std::shared_ptr<Region> region,
   for (const auto& [file, file_offset, region_offset, nbytes] : extents) {
     typed.push_back({file, file_offset, region_offset, nbytes});
   }
-  return std::make_unique<FillJob>(std::move(region), paths, typed, threads);
+  return std::make_unique<FillJob>(std::move(target), paths, typed, threads);
 }
 
 }  // namespace
@@ -30,8 +30,12 @@ std::unique_ptr<FillJob> start_fill(std::shared_ptr<Region> region,
 void bind_loader(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> without_gil;
 
-  py::class_<FillJob>(module, "FillJob", "Reads extents of files into a region, on threads.")
-      .def(py::init(&start_fill), py::arg("region"), py::arg("paths"), py::arg("extents"),
+  py::class_<FillTarget, std::shared_ptr<FillTarget>>(module, "FillTarget",
+                                                      "Where a fill job puts what it reads.");
+
+  py::class_<FillJob>(module, "FillJob",
+                      "Reads extents of files into a region or a host tier, on threads.")
+      .def(py::init(&start_fill), py::arg("target"), py::arg("paths"), py::arg("extents"),
            py::arg("threads"), without_gil,
            "Start. An extent is (file index, file offset, region offset, bytes).")
       .def("wait_for", &FillJob::wait_for, py::arg("limit"), without_gil,

@@ -9,15 +9,6 @@ namespace py = pybind11;
 
 namespace penstock {
 
-namespace {
-
-// Streams cross as integers, the way torch.cuda.Stream.cuda_stream gives them.
-StreamHandle stream_of(std::uintptr_t stream) {
-  return {reinterpret_cast<void*>(stream)};
-}
-
-}  // namespace
-
 void bind_pager(py::module_& module) {
   using Pages = std::vector<PageIndex>;
   const py::call_guard<py::gil_scoped_release> without_gil;
@@ -49,28 +40,28 @@ void bind_pager(py::module_& module) {
       .def_property_readonly("nbytes", &Region::nbytes)
       .def_property_readonly("page_size", &Region::page_size)
       .def_property_readonly("page_count", &Region::page_count)
-      .def_property_readonly("access", &Region::access)
       .def("pages_of", &Region::pages_of, py::arg("start"), py::arg("nbytes"),
            "Return the pages that a byte range touches.")
+      .def("stats", &Region::stats, "Count pages by where they are.")
       .def("dlpack", &to_dlpack, py::arg("offset"), py::arg("nbytes"),
-           "Return a DLPack capsule over a byte range, as unsigned bytes.")
+           "Return a DLPack capsule over a byte range, as unsigned bytes.");
+
+  py::class_<ManagedRegion, Region, FillTarget, std::shared_ptr<ManagedRegion>>(
+      module, "ManagedRegion", "A region of managed memory.")
+      .def_property_readonly("access", &ManagedRegion::access)
       .def(
           "write",
-          [](Region& region, std::size_t offset, const py::buffer& source) {
+          [](ManagedRegion& region, std::size_t offset, const py::buffer& source) {
             const py::buffer_info bytes = source.request();
-            const std::size_t nbytes =
-                static_cast<std::size_t>(bytes.size) * static_cast<std::size_t>(bytes.itemsize);
-            if (PyBuffer_IsContiguous(bytes.view(), 'C') == 0) {
-              throw std::invalid_argument("write: the buffer is not contiguous");
-            }
-            static_cast<void>(region.pages_of(offset, nbytes));  // throws outside the region
+            const std::size_t nbytes = contiguous_bytes(bytes);
+            region.check_range(offset, nbytes);
             const py::gil_scoped_release release;
             region.device().managed_write(region.address() + offset, bytes.ptr, nbytes);
           },
           py::arg("offset"), py::arg("source"), "Copy bytes in, making no page resident.")
       .def(
           "resident_bytes",
-          [](Region& region) {
+          [](ManagedRegion& region) {
             return region.device().managed_resident(region.address(), region.nbytes());
           },
           without_gil, "Count resident bytes as the system does; None where it cannot tell.");
@@ -83,23 +74,20 @@ void bind_pager(py::module_& module) {
            "Reserve a region, nothing of it resident.")
       .def(
           "begin",
-          [](ManagedPager& pager, Region& region, const Pages& pages, std::uintptr_t stream) {
-            pager.begin(region, pages, stream_of(stream));
-          },
+          [](ManagedPager& pager, ManagedRegion& region, const Pages& pages,
+             std::uintptr_t stream) { pager.begin(region, pages, stream_of(stream)); },
           py::arg("region"), py::arg("pages"), py::arg("stream") = 0, without_gil,
           "Pin pages, load what is missing, order the stream after the loads.")
       .def(
           "end",
-          [](ManagedPager& pager, Region& region, const Pages& pages, std::uintptr_t stream) {
-            pager.end(region, pages, stream_of(stream));
-          },
+          [](ManagedPager& pager, ManagedRegion& region, const Pages& pages,
+             std::uintptr_t stream) { pager.end(region, pages, stream_of(stream)); },
           py::arg("region"), py::arg("pages"), py::arg("stream") = 0, without_gil,
           "Unpin pages once the stream's work so far has run.")
       .def(
           "prefetch",
-          [](ManagedPager& pager, Region& region, const Pages& pages, std::uintptr_t stream) {
-            return pager.prefetch(region, pages, stream_of(stream));
-          },
+          [](ManagedPager& pager, ManagedRegion& region, const Pages& pages,
+             std::uintptr_t stream) { return pager.prefetch(region, pages, stream_of(stream)); },
           py::arg("region"), py::arg("pages"), py::arg("stream") = 0, without_gil,
           "Load pages and order the stream after the loads; return bytes newly charged.")
       .def("prefetch_ahead", &ManagedPager::prefetch_ahead, py::arg("region"), py::arg("pages"),

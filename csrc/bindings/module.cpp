@@ -7,6 +7,6 @@ PYBIND11_MODULE(_core, module) {
   penstock::bind_device(module);
   penstock::bind_budget(module);
   penstock::bind_page_table(module);
-  penstock::bind_pager(module);
   penstock::bind_loader(module);
+  penstock::bind_pager(module);
 }

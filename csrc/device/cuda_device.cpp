@@ -115,10 +115,11 @@ void CudaDevice::stream_synchronize(StreamHandle stream) {
   check(cudaStreamSynchronize(native(stream)), "cudaStreamSynchronize");
 }
 
-EventHandle CudaDevice::event_create() {
+EventHandle CudaDevice::event_create(Timing timing) {
   const SelectDevice selected(info_.ordinal);
   cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync),
+  const unsigned untimed = timing == Timing::kOff ? cudaEventDisableTiming : 0U;
+  check(cudaEventCreateWithFlags(&event, untimed | cudaEventBlockingSync),
         "cudaEventCreateWithFlags");
   return {event};
 }
@@ -149,6 +150,12 @@ bool CudaDevice::event_done(EventHandle event) {
   }
   check(status, "cudaEventQuery");
   return true;
+}
+
+double CudaDevice::event_elapsed(EventHandle start, EventHandle end) {
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, native(start), native(end)), "cudaEventElapsedTime");
+  return static_cast<double>(milliseconds) * 1e-3;
 }
 
 void* CudaDevice::managed_reserve(std::size_t nbytes, Access /*access*/) {
@@ -259,6 +266,23 @@ void* CudaDevice::pinned_allocate(std::size_t nbytes) {
 
 void CudaDevice::pinned_free(void* address, std::size_t /*nbytes*/) {
   check(cudaFreeHost(address), "cudaFreeHost");
+}
+
+void CudaDevice::host_register(void* address, std::size_t nbytes, HostAccess access) {
+  const SelectDevice selected(info_.ordinal);
+  const unsigned flags =
+      access == HostAccess::kReadOnly ? cudaHostRegisterReadOnly : cudaHostRegisterDefault;
+  check(cudaHostRegister(address, nbytes, flags), "cudaHostRegister");
+}
+
+void CudaDevice::host_unregister(void* address) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaHostUnregister(address), "cudaHostUnregister");
+}
+
+void CudaDevice::fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaMemsetAsync(address, value, nbytes, native(stream)), "cudaMemsetAsync");
 }
 
 void CudaDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {

@@ -29,12 +29,13 @@ class CudaDevice : public Device {
   StreamHandle stream_create() override;
   void stream_destroy(StreamHandle stream) override;
   void stream_synchronize(StreamHandle stream) override;
-  EventHandle event_create() override;
+  EventHandle event_create(Timing timing) override;
   void event_destroy(EventHandle event) override;
   void event_record(EventHandle event, StreamHandle stream) override;
   void event_wait(StreamHandle stream, EventHandle event) override;
   void event_synchronize(EventHandle event) override;
   bool event_done(EventHandle event) override;
+  double event_elapsed(EventHandle start, EventHandle end) override;
 
   void* managed_reserve(std::size_t nbytes, Access access) override;
   void managed_release(void* address, std::size_t nbytes) override;
@@ -56,6 +57,9 @@ class CudaDevice : public Device {
 
   void* pinned_allocate(std::size_t nbytes) override;
   void pinned_free(void* address, std::size_t nbytes) override;
+  void host_register(void* address, std::size_t nbytes, HostAccess access) override;
+  void host_unregister(void* address) override;
+  void fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) override;
   void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) override;
 
  private:

@@ -46,6 +46,13 @@ enum class Access : std::uint8_t {
   kReadWrite,   ///< Written at any time: evicting keeps what was written.
 };
 
+/// Whether an event notes the time at which it is reached. Waiting for one that does not is
+/// cheaper.
+enum class Timing : bool { kOff, kOn };
+
+/// What the device may do with host memory that is registered.
+enum class HostAccess : bool { kReadWrite, kReadOnly };
+
 enum class DeviceKind : std::uint8_t { kHost, kCuda };
 
 /// What a device is. Sizes in bytes.
@@ -80,7 +87,7 @@ class Device {
   virtual StreamHandle stream_create() = 0;
   virtual void stream_destroy(StreamHandle stream) = 0;
   virtual void stream_synchronize(StreamHandle stream) = 0;
-  virtual EventHandle event_create() = 0;
+  virtual EventHandle event_create(Timing timing) = 0;
   virtual void event_destroy(EventHandle event) = 0;
   /// The event now stands for all work given to `stream` so far.
   virtual void event_record(EventHandle event, StreamHandle stream) = 0;
@@ -90,6 +97,8 @@ class Device {
   /// Blocks the caller until the event. @throws what the awaited work threw.
   virtual void event_synchronize(EventHandle event) = 0;
   virtual bool event_done(EventHandle event) = 0;
+  /// Seconds from one event to another; both are timed, were recorded, and are done.
+  virtual double event_elapsed(EventHandle start, EventHandle end) = 0;
 
   // Managed memory: readable at any time; being resident only decides how fast.
   /// Reserves `nbytes` of managed addresses, none of them resident, aligned to 2 MiB.
@@ -126,6 +135,12 @@ class Device {
   // Host memory that the device copies at full rate.
   virtual void* pinned_allocate(std::size_t nbytes) = 0;
   virtual void pinned_free(void* address, std::size_t nbytes) = 0;
+  /// Lets the device copy at full rate from host memory that is there already (a mapping of a file
+  /// is read-only and shared). Blocks while the system fixes the memory in place.
+  virtual void host_register(void* address, std::size_t nbytes, HostAccess access) = 0;
+  virtual void host_unregister(void* address) = 0;
+  /// Sets bytes of a frame, as work of `stream`.
+  virtual void fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) = 0;
   /// Copies between any two of pinned, frame and managed memory, as work of `stream`.
   virtual void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) = 0;
 

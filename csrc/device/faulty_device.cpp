@@ -76,9 +76,9 @@ void FaultyDevice::stream_synchronize(StreamHandle stream) {
   enter("stream_synchronize");
   inner_->stream_synchronize(stream);
 }
-EventHandle FaultyDevice::event_create() {
+EventHandle FaultyDevice::event_create(Timing timing) {
   enter("event_create");
-  return inner_->event_create();
+  return inner_->event_create(timing);
 }
 void FaultyDevice::event_destroy(EventHandle event) {
   inner_->event_destroy(event);
@@ -99,6 +99,10 @@ void FaultyDevice::event_synchronize(EventHandle event) {
 bool FaultyDevice::event_done(EventHandle event) {
   enter("event_done");
   return inner_->event_done(event);
+}
+double FaultyDevice::event_elapsed(EventHandle start, EventHandle end) {
+  enter("event_elapsed");
+  return inner_->event_elapsed(start, end);
 }
 void* FaultyDevice::managed_reserve(std::size_t nbytes, Access access) {
   enter("managed_reserve");
@@ -165,6 +169,19 @@ void* FaultyDevice::pinned_allocate(std::size_t nbytes) {
 void FaultyDevice::pinned_free(void* address, std::size_t nbytes) {
   inner_->pinned_free(address, nbytes);
   enter("pinned_free");
+}
+void FaultyDevice::host_register(void* address, std::size_t nbytes, HostAccess access) {
+  enter("host_register");
+  inner_->host_register(address, nbytes, access);
+}
+void FaultyDevice::host_unregister(void* address) {
+  inner_->host_unregister(address);
+  enter("host_unregister");
+}
+void FaultyDevice::fill(void* address, std::uint8_t value, std::size_t nbytes,
+                        StreamHandle stream) {
+  enter("fill");
+  inner_->fill(address, value, nbytes, stream);
 }
 void FaultyDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {
   enter("copy");

@@ -38,8 +38,8 @@ OwnedStream::~OwnedStream() {
   release_quietly(*device_, [&] { device_->stream_destroy(handle_); });
 }
 
-OwnedEvent::OwnedEvent(std::shared_ptr<Device> device)
-    : device_(std::move(device)), handle_(device_->event_create()) {}
+OwnedEvent::OwnedEvent(std::shared_ptr<Device> device, Timing timing)
+    : device_(std::move(device)), handle_(device_->event_create(timing)) {}
 OwnedEvent::~OwnedEvent() {
   release_quietly(*device_, [&] { device_->event_destroy(handle_); });
 }

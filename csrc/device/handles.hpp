@@ -24,7 +24,7 @@ class OwnedStream {
 
 class OwnedEvent {
  public:
-  explicit OwnedEvent(std::shared_ptr<Device> device);
+  explicit OwnedEvent(std::shared_ptr<Device> device, Timing timing = Timing::kOff);
   ~OwnedEvent();
   OwnedEvent(const OwnedEvent&) = delete;
   OwnedEvent& operator=(const OwnedEvent&) = delete;

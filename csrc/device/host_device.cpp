@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <fstream>
 #include <functional>
@@ -82,7 +83,7 @@ void HostDevice::stream_synchronize(StreamHandle stream) {
   if (HostStream* worker = stream_of(stream)) worker->synchronize();
 }
 
-EventHandle HostDevice::event_create() {
+EventHandle HostDevice::event_create(Timing /*timing*/) {
   return {std::make_unique<HostEvent>().release()};
 }
 
@@ -113,6 +114,15 @@ void HostDevice::event_synchronize(EventHandle event) {
 bool HostDevice::event_done(EventHandle event) {
   const auto completion = event_of(event).latest();
   return completion == nullptr || completion->done();
+}
+
+double HostDevice::event_elapsed(EventHandle start, EventHandle end) {
+  const auto first = event_of(start).latest();
+  const auto last = event_of(end).latest();
+  if (!first || !last || !first->done() || !last->done()) {
+    throw std::invalid_argument("event_elapsed: an event was not reached yet");
+  }
+  return std::chrono::duration<double>(last->time() - first->time()).count();
 }
 
 void* HostDevice::managed_reserve(std::size_t nbytes, Access /*access*/) {
@@ -215,6 +225,14 @@ void* HostDevice::pinned_allocate(std::size_t nbytes) {
 
 void HostDevice::pinned_free(void* address, std::size_t nbytes) {
   if (::munmap(address, nbytes) != 0) throw system_error("munmap", errno);
+}
+
+void HostDevice::host_register(void* /*address*/, std::size_t /*nbytes*/, HostAccess /*access*/) {}
+
+void HostDevice::host_unregister(void* /*address*/) {}
+
+void HostDevice::fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) {
+  submit(stream, [address, value, nbytes] { std::memset(address, value, nbytes); });
 }
 
 void HostDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {

@@ -8,6 +8,7 @@ void Completion::complete(std::exception_ptr error) {
   {
     const std::lock_guard lock(mutex_);
     done_ = true;
+    time_ = std::chrono::steady_clock::now();
     error_ = std::move(error);
   }
   completed_.notify_all();
@@ -22,6 +23,11 @@ void Completion::wait() {
 bool Completion::done() {
   const std::lock_guard lock(mutex_);
   return done_;
+}
+
+std::chrono::steady_clock::time_point Completion::time() {
+  const std::lock_guard lock(mutex_);
+  return time_;
 }
 
 std::shared_ptr<Completion> HostEvent::record() {

@@ -5,6 +5,7 @@
 // works again.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -15,19 +16,23 @@
 
 namespace penstock {
 
-/// One record of an event: done once the stream comes to it, with the error of the work before.
+/// One record of an event: done once the stream comes to it, with the error of the work before and
+/// the time.
 class Completion {
  public:
   void complete(std::exception_ptr error);
   /// Blocks until complete. @throws the error.
   void wait();
   bool done();
+  /// When it was completed.
+  std::chrono::steady_clock::time_point time();
 
  private:
   std::mutex mutex_;
   std::condition_variable completed_;
   bool done_ = false;
   std::exception_ptr error_;
+  std::chrono::steady_clock::time_point time_;
 };
 
 /// Stands for its latest record; who waited for an earlier one goes on waiting for that.

@@ -12,9 +12,9 @@ namespace {
 
 constexpr std::size_t kPiece = std::size_t{16} << 20;  // one read call; keeps all threads busy
 
-void check_extent(const Extent& extent, const Region& region,
+void check_extent(const Extent& extent, const FillTarget& target,
                   const std::vector<std::unique_ptr<File>>& files) {
-  static_cast<void>(region.pages_of(extent.region_offset, extent.nbytes));  // throws outside
+  target.check_range(extent.region_offset, extent.nbytes);
   const File& file = *files.at(extent.file);
   if (extent.file_offset > file.size() || extent.nbytes > file.size() - extent.file_offset) {
     throw CheckpointError(file.path() + " has " + std::to_string(file.size()) +
@@ -27,12 +27,12 @@ void check_extent(const Extent& extent, const Region& region,
 
 }  // namespace
 
-FillJob::FillJob(std::shared_ptr<Region> region, const std::vector<std::string>& paths,
+FillJob::FillJob(std::shared_ptr<FillTarget> target, const std::vector<std::string>& paths,
                  const std::vector<Extent>& extents, std::size_t threads)
-    : region_(std::move(region)) {
+    : target_(std::move(target)) {
   for (const auto& path : paths) files_.push_back(std::make_unique<File>(path));
   for (const auto& extent : extents) {
-    check_extent(extent, *region_, files_);
+    check_extent(extent, *target_, files_);
     for (std::size_t at = 0; at < extent.nbytes; at += kPiece) {
       pieces_.push_back({extent.file, extent.file_offset + at, extent.region_offset + at,
                          std::min(kPiece, extent.nbytes - at)});
@@ -68,8 +68,7 @@ void FillJob::read_pieces() {
   try {
     for (std::size_t i = next_++; i < pieces_.size() && !stop_; i = next_++) {
       const Extent& piece = pieces_[i];
-      region_->device().managed_read(region_->address() + piece.region_offset, *files_[piece.file],
-                                     piece.file_offset, piece.nbytes);
+      target_->fill_from(*files_[piece.file], piece.file_offset, piece.region_offset, piece.nbytes);
       done_ += piece.nbytes;
     }
   } catch (...) {

@@ -1,7 +1,7 @@
-// A fill job reads extents of files into a region, straight to their final place, on several
+// A fill job reads extents of files into a target, straight to their final place, on several
 // threads, and never makes a page resident. It starts at once; the caller waits for it, watches its
 // progress, or cancels it. The first error stops all threads and is thrown by `wait_for`. The job
-// keeps files and region alive. All functions are thread-safe.
+// keeps files and target alive. All functions are thread-safe.
 #pragma once
 
 #include <atomic>
@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "device/file.hpp"
-#include "pager/region.hpp"
+#include "loader/fill_target.hpp"
 
 namespace penstock {
 
@@ -34,8 +34,8 @@ class FillJob {
   /// @param paths    Files that the extents count from zero.
   /// @param threads  Readers, at least 1.
   /// @throws CheckpointError for a file that cannot be opened or is too short,
-  ///         std::out_of_range for an extent outside the region.
-  FillJob(std::shared_ptr<Region> region, const std::vector<std::string>& paths,
+  ///         std::out_of_range for an extent outside the target.
+  FillJob(std::shared_ptr<FillTarget> target, const std::vector<std::string>& paths,
           const std::vector<Extent>& extents, std::size_t threads);
   /// Cancels, and waits for the reads under way.
   ~FillJob();
@@ -53,7 +53,7 @@ class FillJob {
   void read_pieces();
   void join() noexcept;
 
-  std::shared_ptr<Region> region_;
+  std::shared_ptr<FillTarget> target_;
   std::vector<std::unique_ptr<File>> files_;
   std::vector<Extent> pieces_;
   std::size_t total_ = 0;

@@ -43,30 +43,30 @@ ManagedPager::ManagedPager(std::shared_ptr<Device> device, std::shared_ptr<Budge
       load_stream_(device_),
       evict_stream_(device_) {}
 
-std::shared_ptr<Region> ManagedPager::reserve(std::size_t nbytes, Access access) {
+std::shared_ptr<ManagedRegion> ManagedPager::reserve(std::size_t nbytes, Access access) {
   constexpr std::size_t kMostPages = std::size_t{1} << 31;
   if (nbytes == 0 || nbytes / page_size_ >= kMostPages) {
     throw std::invalid_argument("cannot reserve a region of " + std::to_string(nbytes) + " bytes");
   }
-  std::shared_ptr<Region> region(
-      new Region(shared_from_this(), device_, nbytes, page_size_, access));
+  std::shared_ptr<ManagedRegion> region(
+      new ManagedRegion(shared_from_this(), device_, nbytes, page_size_, access));
   const std::lock_guard lock(mutex_);
   regions_.push_back(region.get());
   touch(*region);
   return region;
 }
 
-void ManagedPager::require_own(const Region& region) const {
+void ManagedPager::require_own(const ManagedRegion& region) const {
   if (region.pager_.get() != this) throw std::invalid_argument("the region is another pager's");
 }
 
-std::vector<PageIndex> ManagedPager::own_pages(const Region& region,
+std::vector<PageIndex> ManagedPager::own_pages(const ManagedRegion& region,
                                                const std::vector<PageIndex>& pages) const {
   require_own(region);
   return checked(region, pages);
 }
 
-void ManagedPager::touch(Region& region) {
+void ManagedPager::touch(ManagedRegion& region) {
   region.last_activity_ = ++activity_;
 }
 
@@ -76,7 +76,7 @@ std::future<std::size_t> ManagedPager::submit(Work work, TaskThread::Order order
   return task->get_future();
 }
 
-ManagedPager::Hold ManagedPager::hold(Region& region) {
+ManagedPager::Hold ManagedPager::hold(ManagedRegion& region) {
   ++region.pending_;
   return Hold(nullptr, [this, &region](void*) {
     {
@@ -87,7 +87,7 @@ ManagedPager::Hold ManagedPager::hold(Region& region) {
   });
 }
 
-std::future<std::size_t> ManagedPager::submit_for(Region& region, Work work,
+std::future<std::size_t> ManagedPager::submit_for(ManagedRegion& region, Work work,
                                                   TaskThread::Order order) {
   Hold held;  // let go once the work has run or was dropped
   {
@@ -97,7 +97,7 @@ std::future<std::size_t> ManagedPager::submit_for(Region& region, Work work,
   return submit([work = std::move(work), held = std::move(held)] { return work(); }, order);
 }
 
-void ManagedPager::pin(Region& region, const std::vector<PageIndex>& pages) {
+void ManagedPager::pin(ManagedRegion& region, const std::vector<PageIndex>& pages) {
   const std::lock_guard lock(mutex_);
   touch(region);
   for (const PageIndex page : pages) {
@@ -106,18 +106,19 @@ void ManagedPager::pin(Region& region, const std::vector<PageIndex>& pages) {
   }
 }
 
-void ManagedPager::unpin(Region& region, const std::vector<PageIndex>& pages) {
+void ManagedPager::unpin(ManagedRegion& region, const std::vector<PageIndex>& pages) {
   const std::lock_guard lock(mutex_);
   for (const PageIndex page : pages) region.table_.unpin(page);
 }
 
-bool ManagedPager::all_present(const Region& region, const std::vector<PageIndex>& pages) const {
+bool ManagedPager::all_present(const ManagedRegion& region,
+                               const std::vector<PageIndex>& pages) const {
   return std::all_of(pages.begin(), pages.end(), [&](PageIndex page) {
     return region.table_.state(page) == PageState::kResident;
   });
 }
 
-std::size_t ManagedPager::load_pinned(Region& region, const std::vector<PageIndex>& pages,
+std::size_t ManagedPager::load_pinned(ManagedRegion& region, const std::vector<PageIndex>& pages,
                                       StreamHandle stream) {
   bool present = false;
   {
@@ -131,7 +132,7 @@ std::size_t ManagedPager::load_pinned(Region& region, const std::vector<PageInde
         region, [this, &region, pages] { return load(region, pages, Urgency::kDemand); },
         TaskThread::Order::kFront));
   }
-  std::vector<Region::Event> loads;
+  std::vector<ManagedRegion::Event> loads;
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : pages) {
@@ -142,7 +143,7 @@ std::size_t ManagedPager::load_pinned(Region& region, const std::vector<PageInde
   return charged;
 }
 
-std::size_t ManagedPager::pin_and_load(Region& region, const std::vector<PageIndex>& pages,
+std::size_t ManagedPager::pin_and_load(ManagedRegion& region, const std::vector<PageIndex>& pages,
                                        StreamHandle stream) {
   pin(region, pages);
   try {
@@ -163,12 +164,13 @@ std::size_t ManagedPager::pin_and_load(Region& region, const std::vector<PageInd
   }
 }
 
-void ManagedPager::begin(Region& region, const std::vector<PageIndex>& wanted,
+void ManagedPager::begin(ManagedRegion& region, const std::vector<PageIndex>& wanted,
                          StreamHandle stream) {
   pin_and_load(region, own_pages(region, wanted), stream);
 }
 
-void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, StreamHandle stream) {
+void ManagedPager::end(ManagedRegion& region, const std::vector<PageIndex>& wanted,
+                       StreamHandle stream) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   {
     const std::lock_guard lock(mutex_);
@@ -178,7 +180,7 @@ void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, Str
     }
   }
   std::exception_ptr error;
-  Region::Event use;
+  ManagedRegion::Event use;
   try {
     use = std::make_shared<OwnedEvent>(device_);
     device_->event_record(use->get(), stream);
@@ -207,7 +209,7 @@ void ManagedPager::end(Region& region, const std::vector<PageIndex>& wanted, Str
   if (error) std::rethrow_exception(error);
 }
 
-std::size_t ManagedPager::prefetch(Region& region, const std::vector<PageIndex>& wanted,
+std::size_t ManagedPager::prefetch(ManagedRegion& region, const std::vector<PageIndex>& wanted,
                                    StreamHandle stream) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   const std::size_t charged = pin_and_load(region, pages, stream);
@@ -215,7 +217,7 @@ std::size_t ManagedPager::prefetch(Region& region, const std::vector<PageIndex>&
   return charged;
 }
 
-void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& wanted) {
+void ManagedPager::prefetch_ahead(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   {
     const std::lock_guard lock(mutex_);
@@ -232,7 +234,7 @@ void ManagedPager::prefetch_ahead(Region& region, const std::vector<PageIndex>& 
   }));
 }
 
-std::size_t ManagedPager::evict(Region& region, const std::vector<PageIndex>& wanted) {
+std::size_t ManagedPager::evict(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   return wait(submit_for(region, [this, &region, pages] { return drop(region, pages); }));
 }
@@ -245,19 +247,19 @@ void ManagedPager::synchronize() {
   }));
 }
 
-void ManagedPager::set_schedule(Region& region, std::vector<std::vector<PageIndex>> steps) {
+void ManagedPager::set_schedule(ManagedRegion& region, std::vector<std::vector<PageIndex>> steps) {
   require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.set_schedule(std::move(steps));
 }
 
-void ManagedPager::advance(Region& region, StepIndex step) {
+void ManagedPager::advance(ManagedRegion& region, StepIndex step) {
   require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.advance(step);
 }
 
-void ManagedPager::set_active(Region& region, bool active) {
+void ManagedPager::set_active(ManagedRegion& region, bool active) {
   require_own(region);
   const std::lock_guard lock(mutex_);
   region.active_ = active;
@@ -269,7 +271,7 @@ PagerStats ManagedPager::stats() const {
   return stats_;
 }
 
-RegionStats ManagedPager::region_stats(const Region& region) const {
+RegionStats ManagedPager::region_stats(const ManagedRegion& region) const {
   require_own(region);
   const std::lock_guard lock(mutex_);
   RegionStats stats;
@@ -284,10 +286,10 @@ RegionStats ManagedPager::region_stats(const Region& region) const {
   return stats;
 }
 
-void ManagedPager::retire(Region& region) noexcept {
+void ManagedPager::retire(ManagedRegion& region) noexcept {
   if (!thread_.in_owner_process()) return;  // a forked child: the memory is the parent's
   std::size_t charged = 0;
-  std::vector<Region::Event> work;
+  std::vector<ManagedRegion::Event> work;
   try {
     std::unique_lock lock(mutex_);
     request_done_.wait(lock, [&] { return region.pending_ == 0; });

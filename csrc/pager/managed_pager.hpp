@@ -32,7 +32,7 @@
 #include "budget/budget.hpp"
 #include "device/handles.hpp"
 #include "error/error.hpp"
-#include "pager/region.hpp"
+#include "pager/managed_region.hpp"
 #include "threading/task_thread.hpp"
 
 namespace penstock {
@@ -48,13 +48,6 @@ struct PagerStats {
   std::uint64_t ahead_failed = 0;    ///< Those that failed; `begin` tries again and reports.
 };
 
-/// Pages of one region by where they are.
-struct RegionStats {
-  std::size_t resident_bytes = 0;
-  std::size_t resident_pages = 0;
-  std::size_t pinned_pages = 0;
-};
-
 class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
  public:
   /// @param page_size  Bytes of a page; a power of two, at least 4096.
@@ -66,39 +59,40 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   ManagedPager& operator=(const ManagedPager&) = delete;
 
   /// Reserves a region of `nbytes` (at least 1), nothing of it resident.
-  std::shared_ptr<Region> reserve(std::size_t nbytes, Access access);
+  std::shared_ptr<ManagedRegion> reserve(std::size_t nbytes, Access access);
 
   /// Pins `pages`, loads what is missing, and orders `stream` after the loads.
   /// @throws CapExceededError where they do not fit beside what is pinned; nothing is pinned then.
-  void begin(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  void begin(ManagedRegion& region, const std::vector<PageIndex>& pages, StreamHandle stream);
   /// Unpins `pages` once the work given to `stream` so far has run.
-  void end(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  void end(ManagedRegion& region, const std::vector<PageIndex>& pages, StreamHandle stream);
 
   /// As `begin` without pinning. @return bytes newly charged.
-  std::size_t prefetch(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
+  std::size_t prefetch(ManagedRegion& region, const std::vector<PageIndex>& pages,
+                       StreamHandle stream);
   /// Asks for pages of a later step; returns at once. Errors surface when the pages are needed.
-  void prefetch_ahead(Region& region, const std::vector<PageIndex>& pages);
+  void prefetch_ahead(ManagedRegion& region, const std::vector<PageIndex>& pages);
   /// Drops those of `pages` that are not pinned, also those that the device brought in by itself
   /// because they were read while absent. @return bytes given back to the budget.
-  std::size_t evict(Region& region, const std::vector<PageIndex>& pages);
+  std::size_t evict(ManagedRegion& region, const std::vector<PageIndex>& pages);
   /// Blocks until the pager's thread has done what was asked so far, and its copies have ended.
   void synchronize();
 
-  void set_schedule(Region& region, std::vector<std::vector<PageIndex>> steps);
+  void set_schedule(ManagedRegion& region, std::vector<std::vector<PageIndex>> steps);
   /// The next occurrence of `step` begins now.
-  void advance(Region& region, StepIndex step);
+  void advance(ManagedRegion& region, StepIndex step);
   /// Marks a region as being in use (its pages go after those of idle regions) or idle.
-  void set_active(Region& region, bool active);
+  void set_active(ManagedRegion& region, bool active);
 
   PagerStats stats() const;
-  RegionStats region_stats(const Region& region) const;
+  RegionStats region_stats(const ManagedRegion& region) const;
   Device& device() const noexcept { return *device_; }
   std::size_t page_size() const noexcept { return page_size_; }
 
  private:
-  friend class Region;
+  friend class ManagedRegion;
   struct Victims {
-    Region* region;
+    ManagedRegion* region;
     std::vector<PageIndex> pages;
   };
   // Keeps a region that the caller does not own from going: retire() waits for it.
@@ -109,37 +103,39 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
                std::size_t page_size);
 
   // On the caller's thread.
-  void require_own(const Region& region) const;
-  std::vector<PageIndex> own_pages(const Region& region, const std::vector<PageIndex>& pages) const;
+  void require_own(const ManagedRegion& region) const;
+  std::vector<PageIndex> own_pages(const ManagedRegion& region,
+                                   const std::vector<PageIndex>& pages) const;
   using Work = std::function<std::size_t()>;
   std::future<std::size_t> submit(Work work, TaskThread::Order order = TaskThread::Order::kBack);
-  std::future<std::size_t> submit_for(Region& region, Work work,
+  std::future<std::size_t> submit_for(ManagedRegion& region, Work work,
                                       TaskThread::Order order = TaskThread::Order::kBack);
-  void pin(Region& region, const std::vector<PageIndex>& pages);
-  void unpin(Region& region, const std::vector<PageIndex>& pages);
+  void pin(ManagedRegion& region, const std::vector<PageIndex>& pages);
+  void unpin(ManagedRegion& region, const std::vector<PageIndex>& pages);
   /// Pins, loads and orders the stream; undoes all of it on an error. @return bytes charged.
-  std::size_t pin_and_load(Region& region, const std::vector<PageIndex>& pages,
+  std::size_t pin_and_load(ManagedRegion& region, const std::vector<PageIndex>& pages,
                            StreamHandle stream);
-  std::size_t load_pinned(Region& region, const std::vector<PageIndex>& pages, StreamHandle stream);
-  bool all_present(const Region& region, const std::vector<PageIndex>& pages) const;
-  void retire(Region& region) noexcept;
+  std::size_t load_pinned(ManagedRegion& region, const std::vector<PageIndex>& pages,
+                          StreamHandle stream);
+  bool all_present(const ManagedRegion& region, const std::vector<PageIndex>& pages) const;
+  void retire(ManagedRegion& region) noexcept;
 
   // On the pager's thread.
-  std::size_t load(Region& region, const std::vector<PageIndex>& pages, Urgency urgency);
-  void issue_load(Region& region, const std::vector<PageIndex>& pages);
-  void issue_evict(Region& region, const std::vector<PageIndex>& pages);
-  bool make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency);
-  std::size_t drop(Region& region, const std::vector<PageIndex>& pages);
+  std::size_t load(ManagedRegion& region, const std::vector<PageIndex>& pages, Urgency urgency);
+  void issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages);
+  void issue_evict(ManagedRegion& region, const std::vector<PageIndex>& pages);
+  bool make_room(ManagedRegion& region, std::size_t nbytes, StepTime after, Urgency urgency);
+  std::size_t drop(ManagedRegion& region, const std::vector<PageIndex>& pages);
   void wait_until_over(OwnedEvent& event);
   /// Waits for a stream in which something failed, and takes the error out of it.
   void settle(const OwnedStream& stream) noexcept;
 
   // With mutex_ held.
-  Hold hold(Region& region);
-  std::vector<Victims> choose_victims(Region& wanting, std::size_t nbytes, StepTime after,
+  Hold hold(ManagedRegion& region);
+  std::vector<Victims> choose_victims(ManagedRegion& wanting, std::size_t nbytes, StepTime after,
                                       Urgency urgency);
-  CapExceededError refusal(const Region& region, std::size_t nbytes) const;
-  void touch(Region& region);
+  CapExceededError refusal(const ManagedRegion& region, std::size_t nbytes) const;
+  void touch(ManagedRegion& region);
 
   std::shared_ptr<Device> device_;
   std::shared_ptr<Budget> budget_;
@@ -147,7 +143,7 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
 
   mutable std::mutex mutex_;  // page tables, events and figures of all regions
   std::condition_variable request_done_;
-  std::vector<Region*> regions_;
+  std::vector<ManagedRegion*> regions_;
   std::size_t retiring_ = 0;  // regions that are no longer in the list, but still charged
   std::uint64_t activity_ = 0;
   PagerStats stats_;

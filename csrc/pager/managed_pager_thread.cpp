@@ -11,7 +11,7 @@
 
 namespace penstock {
 
-std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wanted,
+std::size_t ManagedPager::load(ManagedRegion& region, const std::vector<PageIndex>& wanted,
                                Urgency urgency) {
   std::vector<PageIndex> missing;
   StepTime after = 0;
@@ -57,7 +57,7 @@ std::size_t ManagedPager::load(Region& region, const std::vector<PageIndex>& wan
   return nbytes;
 }
 
-void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& pages) {
+void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages) {
   if (pages.empty()) return;
   if (!region.sealed_ && region.access() == Access::kReadMostly) {
     device_->managed_seal(region.address(), region.nbytes());
@@ -90,14 +90,15 @@ void ManagedPager::issue_load(Region& region, const std::vector<PageIndex>& page
   }
 }
 
-void ManagedPager::issue_evict(Region& region, const std::vector<PageIndex>& pages) {
+void ManagedPager::issue_evict(ManagedRegion& region, const std::vector<PageIndex>& pages) {
   for_each_run(pages, [&](PageIndex first, std::size_t count) {
     device_->managed_evict(address_of(region, first), run_bytes(region, first, count),
                            region.access(), evict_stream_.get());
   });
 }
 
-bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after, Urgency urgency) {
+bool ManagedPager::make_room(ManagedRegion& region, std::size_t nbytes, StepTime after,
+                             Urgency urgency) {
   for (;;) {
     std::vector<Victims> victims;
     std::vector<Hold> holds;
@@ -122,11 +123,11 @@ bool ManagedPager::make_room(Region& region, std::size_t nbytes, StepTime after,
   }
 }
 
-std::size_t ManagedPager::drop(Region& region, const std::vector<PageIndex>& wanted) {
+std::size_t ManagedPager::drop(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   std::vector<PageIndex> pages;   // resident: given back to the budget
   std::vector<PageIndex> strays;  // absent for the ledger, but perhaps read all the same
-  std::vector<Region::Event> loads;
-  std::vector<Region::Event> readers;
+  std::vector<ManagedRegion::Event> loads;
+  std::vector<ManagedRegion::Event> readers;
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : wanted) {

@@ -9,20 +9,21 @@
 
 namespace penstock {
 
-std::vector<ManagedPager::Victims> ManagedPager::choose_victims(Region& wanting, std::size_t nbytes,
-                                                                StepTime after, Urgency urgency) {
+std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& wanting,
+                                                                std::size_t nbytes, StepTime after,
+                                                                Urgency urgency) {
   // Idle regions first, then the wanting one, then what others are using; by last use within each.
-  const auto rank = [&](const Region* region) {
+  const auto rank = [&](const ManagedRegion* region) {
     if (region == &wanting) return 1;
     return region->active_ ? 2 : 0;
   };
-  std::vector<Region*> order = regions_;
-  std::sort(order.begin(), order.end(), [&](const Region* a, const Region* b) {
+  std::vector<ManagedRegion*> order = regions_;
+  std::sort(order.begin(), order.end(), [&](const ManagedRegion* a, const ManagedRegion* b) {
     return std::pair(rank(a), a->last_activity_) < std::pair(rank(b), b->last_activity_);
   });
   std::vector<Victims> chosen;
   std::size_t found = 0;
-  for (Region* region : order) {
+  for (ManagedRegion* region : order) {
     if (urgency == Urgency::kAhead && rank(region) == 2) break;
     const bool bounded = urgency == Urgency::kAhead && region == &wanting;
     const std::size_t wanted = (nbytes - found) / page_size_ + 2;  // the last page may be short
@@ -38,10 +39,10 @@ std::vector<ManagedPager::Victims> ManagedPager::choose_victims(Region& wanting,
   return {};  // not enough: nothing is evicted in vain
 }
 
-CapExceededError ManagedPager::refusal(const Region& region, std::size_t nbytes) const {
+CapExceededError ManagedPager::refusal(const ManagedRegion& region, std::size_t nbytes) const {
   const BudgetStats ledger = budget_->stats();
   std::size_t pinned = 0;
-  for (const Region* each : regions_) {
+  for (const ManagedRegion* each : regions_) {
     for (std::size_t i = 0; i < each->page_count(); ++i) {
       const auto page = static_cast<PageIndex>(i);
       if (each->table_.state(page) == PageState::kResident && each->table_.pins(page) > 0) {

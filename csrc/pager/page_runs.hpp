@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "pager/region.hpp"
+#include "pager/managed_region.hpp"
 
 namespace penstock {
 
@@ -25,7 +25,7 @@ void for_each_run(const std::vector<PageIndex>& pages, Visit visit) {
 }
 
 // Ascending, each once, and all of them pages of the region: what the rest of the file works with.
-inline std::vector<PageIndex> checked(const Region& region, std::vector<PageIndex> pages) {
+inline std::vector<PageIndex> checked(const ManagedRegion& region, std::vector<PageIndex> pages) {
   std::sort(pages.begin(), pages.end());
   pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
   if (!pages.empty() && pages.back() >= region.page_count()) {
@@ -35,17 +35,17 @@ inline std::vector<PageIndex> checked(const Region& region, std::vector<PageInde
   return pages;
 }
 
-inline std::size_t bytes_of(const Region& region, const std::vector<PageIndex>& pages) {
+inline std::size_t bytes_of(const ManagedRegion& region, const std::vector<PageIndex>& pages) {
   return std::accumulate(
       pages.begin(), pages.end(), std::size_t{0},
       [&](std::size_t sum, PageIndex page) { return sum + region.page_nbytes(page); });
 }
 
-inline std::byte* address_of(const Region& region, PageIndex page) {
+inline std::byte* address_of(const ManagedRegion& region, PageIndex page) {
   return region.address() + std::size_t{page} * region.page_size();
 }
 
-inline std::size_t run_bytes(const Region& region, PageIndex first, std::size_t count) {
+inline std::size_t run_bytes(const ManagedRegion& region, PageIndex first, std::size_t count) {
   const auto last = static_cast<PageIndex>(first + count - 1);
   return (count - 1) * region.page_size() + region.page_nbytes(last);
 }

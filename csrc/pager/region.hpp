@@ -1,70 +1,62 @@
 // A region is one model's range of device addresses, divided into pages; tensors are views into it
 // and their addresses never change. It owns the memory and lives as long as the last tensor on it.
-// What is resident is its pager's business, and the page table and the events here are guarded by
-// the pager's lock.
+// What puts memory under its pages, and when, is told by its kind: ManagedRegion or FramesRegion.
+//
+// Using pages: `begin` sees to it that they are in place and orders the caller's stream after their
+// loads; until `end`, which says that the stream's work so far was the last to read them, they
+// stay. `load_ahead` begins to load pages for later, where that takes nothing away that is needed
+// sooner. Thread-safe.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
-#include <utility>
 #include <vector>
 
-#include "device/handles.hpp"
-#include "page_table/page_table.hpp"
+#include "device/device.hpp"
+#include "page_table/schedule.hpp"
 
 namespace penstock {
 
-class ManagedPager;
+/// Pages of one region by where they are.
+struct RegionStats {
+  std::size_t resident_bytes = 0;  ///< Device memory that the region holds.
+  std::size_t resident_pages = 0;  ///< Pages whose bytes are in place, or under way.
+  std::size_t pinned_pages = 0;
+};
 
 class Region {
  public:
-  /// Waits for work that still reads the region, gives the memory back, then its charge.
-  ~Region();
+  virtual ~Region() = default;
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
 
   std::byte* address() const noexcept { return address_; }
   std::size_t nbytes() const noexcept { return nbytes_; }
   std::size_t page_size() const noexcept { return page_size_; }
-  std::size_t page_count() const noexcept { return table_.page_count(); }
-  Access access() const noexcept { return access_; }
+  std::size_t page_count() const noexcept { return (nbytes_ + page_size_ - 1) / page_size_; }
   Device& device() const noexcept { return *device_; }
 
-  /// Bytes of one page: the page size, but for a shorter last page, in whole system pages.
-  std::size_t page_nbytes(PageIndex page) const noexcept;
   /// Pages that `nbytes` at `start` touch. @throws std::out_of_range outside the region.
   std::vector<PageIndex> pages_of(std::size_t start, std::size_t nbytes) const;
 
- private:
-  friend class ManagedPager;
-  using Event = std::shared_ptr<OwnedEvent>;
+  /// Brings pages in and orders `stream` after that.
+  /// @throws CapExceededError where they do not fit beside what is in use; nothing has changed
+  /// then.
+  virtual void begin(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
+  /// Lets go of pages once the work given to `stream` so far has run.
+  virtual void end(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
+  /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
+  virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
+  virtual RegionStats stats() const = 0;
 
-  // Who must be waited for before a page may be read, and before it may be dropped.
-  struct PageEvents {
-    Event ready;                                   // its load; null: nothing to wait for
-    std::vector<std::pair<void*, Event>> readers;  // the last use on each stream
-  };
+ protected:
+  Region(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size);
 
-  Region(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> device, std::size_t nbytes,
-         std::size_t page_size, Access access);
-
-  std::shared_ptr<ManagedPager> pager_;
   std::shared_ptr<Device> device_;
   std::size_t nbytes_;
-  std::size_t reserved_;  // nbytes_ in whole system pages: what is charged, loaded and evicted
   std::size_t page_size_;
-  Access access_;
-  std::optional<ManagedRange> memory_;
-  std::byte* address_;
-
-  PageTable table_;
-  std::vector<PageEvents> events_;
-  bool sealed_ = false;              // touched by the pager's thread only
-  std::size_t pending_ = 0;          // requests the pager's thread has not finished
-  bool active_ = false;              // in use: others take its pages only when they must
-  std::uint64_t last_activity_ = 0;  // of the region as a whole
+  std::byte* address_ = nullptr;
 };
 
 }  // namespace penstock

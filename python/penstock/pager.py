@@ -59,7 +59,7 @@ class Region:
     Tensors on it keep it alive. Their addresses never change.
     """
 
-    def __init__(self, core: _core.Region, device: torch.device) -> None:
+    def __init__(self, core: _core.ManagedRegion, device: torch.device) -> None:
         self.core = core
         self.device = device
 

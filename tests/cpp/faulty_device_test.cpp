@@ -56,7 +56,7 @@ TEST_F(FaultyDeviceTest, FailsTheNthCallOfOneFunctionAndLetsOthersPass) {
   device->fail_nth_call_of("event_create", 1);
   const OwnedEvent first(device);
   const OwnedStream stream(device);
-  EXPECT_THROW(device->event_create(), DeviceError);
+  EXPECT_THROW(device->event_create(Timing::kOff), DeviceError);
   const OwnedEvent second(device);
 }
 

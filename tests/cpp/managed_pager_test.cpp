@@ -278,7 +278,7 @@ struct Ahead : ::testing::Test {
     return take_stock(*setup.pager, *region);
   }
   PagerSetup setup{3};
-  std::shared_ptr<Region> region = setup.reserve(6);
+  std::shared_ptr<ManagedRegion> region = setup.reserve(6);
 };
 
 TEST_F(Ahead, TakesFreeRoom) {

@@ -56,7 +56,7 @@ void slow_down(FaultyDevice& device) {
 }
 
 struct Model {
-  std::shared_ptr<Region> region;
+  std::shared_ptr<ManagedRegion> region;
   Bytes bytes;
 };
 
@@ -71,7 +71,7 @@ void use_models(PagerSetup& setup, const std::vector<Model>& models, unsigned se
   for (int i = 0; i < steps; ++i) {
     const Model& model = models[below(models.size())];
     ManagedPager& pager = *setup.pager;
-    Region& region = *model.region;
+    ManagedRegion& region = *model.region;
     const PageIndex page = below(region.page_count());
     switch (below(8)) {
       case 0:

@@ -16,20 +16,24 @@ MAY_INCLUDE = {
     "device": {"error", "threading"},
     "budget": {"error", "threading"},
     "page_table": {"error"},
-    "pager": {"device", "budget", "page_table", "threading", "error"},
-    "loader": {"pager", "device", "error", "threading"},
-    "dlpack": {"pager", "device", "error"},
-    "bindings": {
-        "dlpack",
+    "planner": {"page_table", "error"},
+    "frame_pool": {"budget", "device", "error"},
+    "loader": {"device", "error", "threading"},
+    "host_tier": {"loader", "page_table", "device", "error", "threading"},
+    "pager": {
+        "host_tier",
         "loader",
-        "pager",
+        "frame_pool",
         "page_table",
         "budget",
         "device",
         "threading",
         "error",
     },
+    "streamer": {"pager", "planner", "page_table", "device", "threading", "error"},
+    "dlpack": {"pager", "device", "error"},
 }
+MAY_INCLUDE["bindings"] = {*MAY_INCLUDE}
 PYTHON_ROOMS = {"bindings", "dlpack"}
 LONGEST_FILE = 450  # lines
 

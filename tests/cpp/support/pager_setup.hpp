@@ -33,7 +33,8 @@ struct PagerSetup {
         budget(std::make_shared<Budget>(cap_pages * page)),
         pager(ManagedPager::create(device, budget, page)) {}
 
-  std::shared_ptr<Region> reserve(std::size_t page_count, Access access = Access::kReadMostly) {
+  std::shared_ptr<ManagedRegion> reserve(std::size_t page_count,
+                                         Access access = Access::kReadMostly) {
     return pager->reserve(page_count * page_size, access);
   }
   std::size_t used_pages() const { return budget->stats().used / page_size; }
@@ -46,13 +47,13 @@ struct PagerSetup {
 };
 
 /// Begins and ends one step that reads `pages` on the calling thread.
-inline void run_step(ManagedPager& pager, Region& region, const Pages& pages) {
+inline void run_step(ManagedPager& pager, ManagedRegion& region, const Pages& pages) {
   pager.begin(region, pages, kCaller);
   pager.end(region, pages, kCaller);
 }
 
 /// Which pages are resident and not pinned. It finds out by evicting them: the last thing to ask.
-inline Pages take_stock(ManagedPager& pager, Region& region) {
+inline Pages take_stock(ManagedPager& pager, ManagedRegion& region) {
   Pages found;
   for (PageIndex page = 0; page < region.page_count(); ++page) {
     if (pager.evict(region, {page}) > 0) found.push_back(page);
@@ -61,13 +62,13 @@ inline Pages take_stock(ManagedPager& pager, Region& region) {
 }
 
 /// Fills the region with a pattern, resident or not.
-inline Bytes fill(Region& region, std::size_t seed) {
+inline Bytes fill(ManagedRegion& region, std::size_t seed) {
   Bytes bytes = pattern(region.nbytes(), seed);
   region.device().managed_write(region.address(), bytes.data(), bytes.size());
   return bytes;
 }
 
-inline bool holds(const Region& region, const Bytes& bytes) {
+inline bool holds(const ManagedRegion& region, const Bytes& bytes) {
   return std::memcmp(region.address(), bytes.data(), bytes.size()) == 0;
 }
 

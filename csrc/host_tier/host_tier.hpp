@@ -1,0 +1,93 @@
+// A host tier is where one model's bytes wait before they are copied to the device: in pinned host
+// memory (PinnedTier), in the page cache (MappedTier), or on disk behind a pinned ring of buffers
+// (StreamTier). It hands them out page by page as pieces that the device can copy at full rate.
+//
+// Use: it starts to read when it is made; `write` puts bytes in place that no file has; `wait_for`
+// says when pages can be fetched. Then, for each load, `fetch`, copies from the pieces, `release`.
+// The owner sees to it that no copy is under way when the tier goes. Threads: `wait_for`, `ready`,
+// `read` and the figures are thread-safe; fetch, release and expect are called by one thread at a
+// time. Waits end in an error if the reading behind them failed.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/handles.hpp"
+#include "loader/fill_job.hpp"
+#include "page_table/schedule.hpp"
+
+namespace penstock {
+
+/// Bytes of a page that lie together in host memory.
+struct Piece {
+  const std::byte* source;
+  std::size_t offset;  ///< In the page.
+  std::size_t nbytes;
+};
+
+/// Where a model's bytes are: extents of files, ascending by region offset, not overlapping.
+struct Source {
+  std::vector<std::string> paths;
+  std::vector<Extent> extents;
+};
+
+/// What a tier holds and has done, in bytes.
+struct HostTierStats {
+  std::size_t pinned_bytes = 0;  ///< Host memory of its own that is fixed in place.
+  std::size_t mapped_bytes = 0;  ///< Page cache that it has registered.
+  std::uint64_t read_bytes = 0;  ///< Read from files so far.
+};
+
+class HostTier {
+ public:
+  virtual ~HostTier() = default;
+  HostTier(const HostTier&) = delete;
+  HostTier& operator=(const HostTier&) = delete;
+
+  /// "pinned", "mapped" or "stream".
+  virtual std::string kind() const = 0;
+  std::size_t nbytes() const noexcept { return nbytes_; }
+  std::size_t page_size() const noexcept { return page_size_; }
+  std::size_t page_count() const noexcept { return (nbytes_ + page_size_ - 1) / page_size_; }
+
+  /// Puts bytes in place that no extent covers; before the first fetch.
+  /// @throws std::out_of_range outside the tier.
+  virtual void write(std::size_t offset, const void* source, std::size_t nbytes) = 0;
+
+  /// @return whether pages can be fetched. @throws the first error of a reader.
+  virtual bool wait_for(std::chrono::milliseconds limit) = 0;
+  virtual std::size_t total_bytes()
+      const noexcept = 0;  ///< To be read before pages can be fetched.
+  virtual std::size_t done_bytes() const noexcept = 0;
+
+  /// Says which pages will be fetched, in order, over and over. Others can be fetched all the same.
+  virtual void expect(std::vector<PageIndex> order) = 0;
+  /// Whether `fetch` would return at once.
+  virtual bool ready(PageIndex page) = 0;
+  /// The page's bytes, ascending by offset, valid until `release`. Blocks while they are read.
+  /// Bytes that nobody gave are in no piece. @throws CheckpointError where reading failed.
+  virtual const std::vector<Piece>& fetch(PageIndex page) = 0;
+  /// The copies from the fetched page end with the event.
+  virtual void release(PageIndex page, std::shared_ptr<OwnedEvent> copied) = 0;
+
+  /// Copies bytes out. @throws std::out_of_range outside the tier, CheckpointError.
+  virtual void read(std::size_t offset, void* target, std::size_t nbytes) = 0;
+  /// First byte, where host memory of our own holds all bytes in order, so that they can be read
+  /// and changed there; null elsewhere.
+  virtual std::byte* address() noexcept { return nullptr; }
+
+  virtual HostTierStats stats() const = 0;
+
+ protected:
+  HostTier(std::size_t nbytes, std::size_t page_size) : nbytes_(nbytes), page_size_(page_size) {}
+
+ private:
+  std::size_t nbytes_;
+  std::size_t page_size_;
+};
+
+}  // namespace penstock

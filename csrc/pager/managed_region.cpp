@@ -1,0 +1,61 @@
+#include "pager/managed_region.hpp"
+
+#include <algorithm>
+
+#include "pager/managed_pager.hpp"
+
+namespace penstock {
+
+namespace {
+
+constexpr std::size_t kSystemPage = 4096;  // the smallest that a system makes resident
+
+}  // namespace
+
+ManagedRegion::ManagedRegion(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> device,
+                             std::size_t nbytes, std::size_t page_size, Access access)
+    : Region(std::move(device), nbytes, page_size),
+      pager_(std::move(pager)),
+      reserved_((nbytes + kSystemPage - 1) / kSystemPage * kSystemPage),
+      access_(access),
+      memory_(std::in_place, device_, reserved_, access),
+      table_(page_count()),
+      events_(page_count()) {
+  address_ = memory_->address();
+}
+
+ManagedRegion::~ManagedRegion() {
+  pager_->retire(*this);
+}
+
+std::size_t ManagedRegion::page_nbytes(PageIndex page) const noexcept {
+  const std::size_t start = std::size_t{page} * page_size_;
+  return std::min(page_size_, reserved_ - start);
+}
+
+void ManagedRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  pager_->begin(*this, pages, stream);
+}
+
+void ManagedRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  pager_->end(*this, pages, stream);
+}
+
+std::size_t ManagedRegion::evict(const std::vector<PageIndex>& pages) {
+  return pager_->evict(*this, pages);
+}
+
+RegionStats ManagedRegion::stats() const {
+  return pager_->region_stats(*this);
+}
+
+void ManagedRegion::check_range(std::size_t offset, std::size_t nbytes) const {
+  static_cast<void>(pages_of(offset, nbytes));
+}
+
+void ManagedRegion::fill_from(const File& file, std::uint64_t file_offset, std::size_t offset,
+                              std::size_t nbytes) {
+  device_->managed_read(address_ + offset, file, file_offset, nbytes);
+}
+
+}  // namespace penstock

@@ -1,0 +1,66 @@
+// A region of managed memory (cudaMallocManaged): reading a page at any time is right, being
+// resident decides how fast. What is resident is its ManagedPager's business, and the page table
+// and the events here are guarded by the pager's lock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "device/handles.hpp"
+#include "loader/fill_target.hpp"
+#include "page_table/page_table.hpp"
+#include "pager/region.hpp"
+
+namespace penstock {
+
+class ManagedPager;
+
+class ManagedRegion : public Region, public FillTarget {
+ public:
+  /// Waits for work that still reads the region, gives the memory back, then its charge.
+  ~ManagedRegion() override;
+
+  Access access() const noexcept { return access_; }
+  /// Bytes of one page: the page size, but for a shorter last page, in whole system pages.
+  std::size_t page_nbytes(PageIndex page) const noexcept;
+
+  void begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  std::size_t evict(const std::vector<PageIndex>& pages) override;
+  RegionStats stats() const override;
+
+  void check_range(std::size_t offset, std::size_t nbytes) const override;
+  void fill_from(const File& file, std::uint64_t file_offset, std::size_t offset,
+                 std::size_t nbytes) override;
+
+ private:
+  friend class ManagedPager;
+  using Event = std::shared_ptr<OwnedEvent>;
+
+  // Who must be waited for before a page may be read, and before it may be dropped.
+  struct PageEvents {
+    Event ready;                                   // its load; null: nothing to wait for
+    std::vector<std::pair<void*, Event>> readers;  // the last use on each stream
+  };
+
+  ManagedRegion(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> device,
+                std::size_t nbytes, std::size_t page_size, Access access);
+
+  std::shared_ptr<ManagedPager> pager_;
+  std::size_t reserved_;  // nbytes_ in whole system pages: what is charged, loaded and evicted
+  Access access_;
+  std::optional<ManagedRange> memory_;
+
+  PageTable table_;
+  std::vector<PageEvents> events_;
+  bool sealed_ = false;              // touched by the pager's thread only
+  std::size_t pending_ = 0;          // requests the pager's thread has not finished
+  bool active_ = false;              // in use: others take its pages only when they must
+  std::uint64_t last_activity_ = 0;  // of the region as a whole
+};
+
+}  // namespace penstock

@@ -1,0 +1,2 @@
+// The streamer runs one model through its region, step by step.
+#pragma once
