@@ -30,6 +30,8 @@ void bind_device(pybind11::module_& module);
 void bind_budget(pybind11::module_& module);
 void bind_page_table(pybind11::module_& module);
 void bind_pager(pybind11::module_& module);
+void bind_frames(pybind11::module_& module);
+void bind_streamer(pybind11::module_& module);
 void bind_loader(pybind11::module_& module);
 
 }  // namespace penstock

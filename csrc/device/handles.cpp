@@ -53,4 +53,12 @@ ManagedRange::~ManagedRange() {
   release_quietly(*device_, [&] { device_->managed_release(address_, nbytes_); });
 }
 
+AddressRange::AddressRange(std::shared_ptr<Device> device, std::size_t nbytes)
+    : device_(std::move(device)),
+      nbytes_(nbytes),
+      address_(static_cast<std::byte*>(device_->address_reserve(nbytes))) {}
+AddressRange::~AddressRange() {
+  release_quietly(*device_, [&] { device_->address_release(address_, nbytes_); });
+}
+
 }  // namespace penstock

@@ -53,4 +53,19 @@ class ManagedRange {
   std::byte* address_;
 };
 
+/// A reserved range of addresses without memory.
+class AddressRange {
+ public:
+  AddressRange(std::shared_ptr<Device> device, std::size_t nbytes);
+  ~AddressRange();
+  AddressRange(const AddressRange&) = delete;
+  AddressRange& operator=(const AddressRange&) = delete;
+  std::byte* address() const noexcept { return address_; }
+
+ private:
+  std::shared_ptr<Device> device_;
+  std::size_t nbytes_;
+  std::byte* address_;
+};
+
 }  // namespace penstock

@@ -132,7 +132,7 @@ std::size_t ManagedPager::load_pinned(ManagedRegion& region, const std::vector<P
         region, [this, &region, pages] { return load(region, pages, Urgency::kDemand); },
         TaskThread::Order::kFront));
   }
-  std::vector<ManagedRegion::Event> loads;
+  std::vector<Event> loads;
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : pages) {
@@ -180,7 +180,7 @@ void ManagedPager::end(ManagedRegion& region, const std::vector<PageIndex>& want
     }
   }
   std::exception_ptr error;
-  ManagedRegion::Event use;
+  Event use;
   try {
     use = std::make_shared<OwnedEvent>(device_);
     device_->event_record(use->get(), stream);
@@ -247,6 +247,15 @@ void ManagedPager::synchronize() {
   }));
 }
 
+bool ManagedPager::settled(const ManagedRegion& region, const std::vector<PageIndex>& pages) const {
+  const std::vector<PageIndex> own = own_pages(region, pages);
+  const std::lock_guard lock(mutex_);
+  return all_present(region, own) && std::all_of(own.begin(), own.end(), [&](PageIndex page) {
+           const Event& ready = region.events_[page].ready;
+           return !ready || device_->event_done(ready->get());
+         });
+}
+
 void ManagedPager::set_schedule(ManagedRegion& region, std::vector<std::vector<PageIndex>> steps) {
   require_own(region);
   const std::lock_guard lock(mutex_);
@@ -289,7 +298,7 @@ RegionStats ManagedPager::region_stats(const ManagedRegion& region) const {
 void ManagedPager::retire(ManagedRegion& region) noexcept {
   if (!thread_.in_owner_process()) return;  // a forked child: the memory is the parent's
   std::size_t charged = 0;
-  std::vector<ManagedRegion::Event> work;
+  std::vector<Event> work;
   try {
     std::unique_lock lock(mutex_);
     request_done_.wait(lock, [&] { return region.pending_ == 0; });

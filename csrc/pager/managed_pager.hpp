@@ -78,6 +78,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   /// Blocks until the pager's thread has done what was asked so far, and its copies have ended.
   void synchronize();
 
+  /// Whether `begin` would find the pages loaded, and nothing to wait for.
+  bool settled(const ManagedRegion& region, const std::vector<PageIndex>& pages) const;
   void set_schedule(ManagedRegion& region, std::vector<std::vector<PageIndex>> steps);
   /// The next occurrence of `step` begins now.
   void advance(ManagedRegion& region, StepIndex step);
@@ -88,6 +90,7 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   RegionStats region_stats(const ManagedRegion& region) const;
   Device& device() const noexcept { return *device_; }
   std::size_t page_size() const noexcept { return page_size_; }
+  std::size_t cap() const { return budget_->cap(); }
 
  private:
   friend class ManagedRegion;
@@ -122,7 +125,7 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
 
   // On the pager's thread.
   std::size_t load(ManagedRegion& region, const std::vector<PageIndex>& pages, Urgency urgency);
-  void issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages);
+  void issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages, Urgency urgency);
   void issue_evict(ManagedRegion& region, const std::vector<PageIndex>& pages);
   bool make_room(ManagedRegion& region, std::size_t nbytes, StepTime after, Urgency urgency);
   std::size_t drop(ManagedRegion& region, const std::vector<PageIndex>& pages);

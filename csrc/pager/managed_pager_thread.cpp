@@ -45,7 +45,7 @@ std::size_t ManagedPager::load(ManagedRegion& region, const std::vector<PageInde
   }
   ScopedCharge charge(*budget_, Tag::kWeights, nbytes);
   try {
-    issue_load(region, missing);
+    issue_load(region, missing, urgency);
   } catch (...) {
     cancel();
     throw;
@@ -57,14 +57,20 @@ std::size_t ManagedPager::load(ManagedRegion& region, const std::vector<PageInde
   return nbytes;
 }
 
-void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages) {
+void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages,
+                              Urgency urgency) {
   if (pages.empty()) return;
   if (!region.sealed_ && region.access() == Access::kReadMostly) {
     device_->managed_seal(region.address(), region.nbytes());
     region.sealed_ = true;
   }
-  const auto ready = std::make_shared<OwnedEvent>(device_);
+  const auto ready = std::make_shared<OwnedEvent>(device_, Timing::kOn);
+  Event start;
   try {
+    if (region.trace_) {
+      start = std::make_shared<OwnedEvent>(device_, Timing::kOn);
+      device_->event_record(start->get(), load_stream_.get());
+    }
     for_each_run(pages, [&](PageIndex first, std::size_t count) {
       device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
                                 load_stream_.get());
@@ -88,6 +94,11 @@ void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex
     region.table_.touch(page);
     region.events_[page].ready = ready;
   }
+  PageObserver* observer = region.observer_;
+  if (observer == nullptr) return;
+  for_each_run(pages, [&](PageIndex first, std::size_t count) {
+    observer->on_load(first, count, start, ready, urgency == Urgency::kDemand);
+  });
 }
 
 void ManagedPager::issue_evict(ManagedRegion& region, const std::vector<PageIndex>& pages) {
@@ -126,8 +137,8 @@ bool ManagedPager::make_room(ManagedRegion& region, std::size_t nbytes, StepTime
 std::size_t ManagedPager::drop(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   std::vector<PageIndex> pages;   // resident: given back to the budget
   std::vector<PageIndex> strays;  // absent for the ledger, but perhaps read all the same
-  std::vector<ManagedRegion::Event> loads;
-  std::vector<ManagedRegion::Event> readers;
+  std::vector<Event> loads;
+  std::vector<Event> readers;
   {
     const std::lock_guard lock(mutex_);
     for (const PageIndex page : wanted) {
@@ -163,6 +174,10 @@ std::size_t ManagedPager::drop(ManagedRegion& region, const std::vector<PageInde
       region.events_[page] = {};
     }
     stats_.evicted_bytes += nbytes;
+    if (PageObserver* observer = region.observer_) {
+      for_each_run(pages,
+                   [&](PageIndex first, std::size_t count) { observer->on_evict(first, count); });
+    }
   }
   budget_->release(Tag::kWeights, nbytes);
   return nbytes;

@@ -1,6 +1,7 @@
 #include "pager/managed_region.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "pager/managed_pager.hpp"
 
@@ -9,6 +10,7 @@ namespace penstock {
 namespace {
 
 constexpr std::size_t kSystemPage = 4096;  // the smallest that a system makes resident
+constexpr std::size_t kLargestBatch = std::size_t{256} << 20;
 
 }  // namespace
 
@@ -43,6 +45,32 @@ void ManagedRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream
 
 std::size_t ManagedRegion::evict(const std::vector<PageIndex>& pages) {
   return pager_->evict(*this, pages);
+}
+
+bool ManagedRegion::settled(const std::vector<PageIndex>& pages) const {
+  return pager_->settled(*this, pages);
+}
+
+void ManagedRegion::set_schedule(std::vector<std::vector<PageIndex>> steps) {
+  pager_->set_schedule(*this, std::move(steps));
+}
+
+void ManagedRegion::advance(StepIndex step) {
+  pager_->advance(*this, step);
+}
+
+std::size_t ManagedRegion::load_ahead(const std::vector<PageIndex>& pages) {
+  pager_->prefetch_ahead(*this, pages);
+  return pages.size();
+}
+
+std::size_t ManagedRegion::ahead_batch() const {
+  // Unified memory moves large ranges faster; a few of them have to fit into the window.
+  return std::max<std::size_t>(1, std::min(kLargestBatch / page_size_, ahead_window() / 4));
+}
+
+std::size_t ManagedRegion::ahead_window() const {
+  return std::max<std::size_t>(1, pager_->cap() / page_size_ / 2);
 }
 
 RegionStats ManagedRegion::stats() const {

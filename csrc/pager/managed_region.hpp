@@ -30,7 +30,13 @@ class ManagedRegion : public Region, public FillTarget {
 
   void begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  bool settled(const std::vector<PageIndex>& pages) const override;
   std::size_t evict(const std::vector<PageIndex>& pages) override;
+  void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
+  void advance(StepIndex step) override;
+  std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
+  std::size_t ahead_batch() const override;
+  std::size_t ahead_window() const override;
   RegionStats stats() const override;
 
   void check_range(std::size_t offset, std::size_t nbytes) const override;
@@ -39,7 +45,6 @@ class ManagedRegion : public Region, public FillTarget {
 
  private:
   friend class ManagedPager;
-  using Event = std::shared_ptr<OwnedEvent>;
 
   // Who must be waited for before a page may be read, and before it may be dropped.
   struct PageEvents {

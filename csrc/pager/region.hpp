@@ -8,12 +8,14 @@
 // sooner. Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "device/device.hpp"
+#include "device/event_pool.hpp"
 #include "page_table/schedule.hpp"
 
 namespace penstock {
@@ -23,6 +25,17 @@ struct RegionStats {
   std::size_t resident_bytes = 0;  ///< Device memory that the region holds.
   std::size_t resident_pages = 0;  ///< Pages whose bytes are in place, or under way.
   std::size_t pinned_pages = 0;
+};
+
+/// Is told what a region does to its pages, on whichever thread does it.
+class PageObserver {
+ public:
+  virtual ~PageObserver() = default;
+  /// A load of `count` pages from `first` on was given to the device; `ready` is behind it, and
+  /// `start`, where loads are traced, before it.
+  virtual void on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
+                       bool demanded) = 0;
+  virtual void on_evict(PageIndex first, std::size_t count) = 0;
 };
 
 class Region {
@@ -36,19 +49,38 @@ class Region {
   std::size_t page_size() const noexcept { return page_size_; }
   std::size_t page_count() const noexcept { return (nbytes_ + page_size_ - 1) / page_size_; }
   Device& device() const noexcept { return *device_; }
+  const std::shared_ptr<Device>& device_pointer() const noexcept { return device_; }
 
   /// Pages that `nbytes` at `start` touch. @throws std::out_of_range outside the region.
   std::vector<PageIndex> pages_of(std::size_t start, std::size_t nbytes) const;
 
   /// Brings pages in and orders `stream` after that.
-  /// @throws CapExceededError where they do not fit beside what is in use; nothing has changed
-  /// then.
+  /// @throws CapExceededError where they do not fit beside what is in use; nothing is held then.
   virtual void begin(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
   /// Lets go of pages once the work given to `stream` so far has run.
   virtual void end(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
+  /// Whether `begin` would find the pages in place and nothing to wait for.
+  virtual bool settled(const std::vector<PageIndex>& pages) const = 0;
   /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
+
+  /// Replaces the schedule: the pages that each step of a pass reads. Its first step is the next.
+  virtual void set_schedule(std::vector<std::vector<PageIndex>> steps) = 0;
+  /// The next occurrence of `step` begins now.
+  virtual void advance(StepIndex step) = 0;
+  /// Begins to load pages for later steps, the first of them first. Never waits for the device.
+  /// @return how many of them, counted from the first, are in place or on their way now.
+  virtual std::size_t load_ahead(const std::vector<PageIndex>& pages) = 0;
+  /// How many pages `load_ahead` is best given at once, and how many may be ahead of their use.
+  virtual std::size_t ahead_batch() const = 0;
+  virtual std::size_t ahead_window() const = 0;
+
   virtual RegionStats stats() const = 0;
+
+  /// Who is told of loads and evictions, if anybody; set while nothing is under way.
+  void set_observer(PageObserver* observer) noexcept { observer_ = observer; }
+  /// Whether the beginning of loads is noted too.
+  void set_trace(bool trace) noexcept { trace_ = trace; }
 
  protected:
   Region(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size);
@@ -57,6 +89,8 @@ class Region {
   std::size_t nbytes_;
   std::size_t page_size_;
   std::byte* address_ = nullptr;
+  std::atomic<PageObserver*> observer_{nullptr};
+  std::atomic<bool> trace_{false};
 };
 
 }  // namespace penstock

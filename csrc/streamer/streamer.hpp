@@ -1,2 +1,131 @@
-// The streamer runs one model through its region, step by step.
+// The streamer runs one model through its region: it knows the order of the steps, makes the pages
+// of each ready when it begins, and keeps the link busy with the pages of the steps to come. It
+// works the same over both kinds of regions.
+//
+// Words: a step is a piece of work with the pages that it reads, known by its id; an order is the
+// sequence of steps of one pass, over and over. For each place in an order, the schedule has all
+// pages that are in use there: the step's own, and those of steps around it that have not ended.
+//
+// Loading ahead: a cursor walks through the schedule, at most one pass ahead of the step that runs,
+// and has the region load what is not in place, until the region has no room for the next page.
+// Called again whenever a step begins or ends, that is all there is to look-ahead, wrapping around
+// into the next pass, and prefetching in the order of use. Steps that are skipped, repeated or new
+// move the position, or do not; their pages are demanded then, and the cursor starts over.
+//
+// Times are taken by events on the device, and read later, when they are over: what a step waited
+// for its pages (its stall), how long a pass took. Thread-safe; a model runs in one thread at a
+// time. The host never waits here but where the region does.
 #pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "device/event_pool.hpp"
+#include "page_table/schedule.hpp"
+#include "pager/region.hpp"
+#include "streamer/timeline.hpp"
+
+namespace penstock {
+
+using StepId = std::uint32_t;
+
+/// What has happened since the streamer was made.
+struct StreamerStats {
+  std::uint64_t passes = 0;
+  std::uint64_t steps = 0;
+  std::uint64_t unscheduled = 0;   ///< Steps that the order did not have, and reads outside steps.
+  std::uint64_t misses = 0;        ///< Loads that a step had to demand.
+  std::uint64_t loaded_bytes = 0;  ///< By whole pages.
+};
+
+class Streamer : private PageObserver {
+ public:
+  explicit Streamer(std::shared_ptr<Region> region);
+  /// Ends what is left open.
+  ~Streamer() override;
+  Streamer(const Streamer&) = delete;
+  Streamer& operator=(const Streamer&) = delete;
+
+  /// Says which pages a step reads. @throws std::out_of_range for a page that does not exist.
+  void define(StepId id, std::vector<PageIndex> pages);
+  /// Expects steps in this order, over and over, from the first on.
+  /// @param pages  For each place in the order, all pages in use there.
+  void follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages);
+
+  /// A pass begins, at the first step of the order; the one before it has ended.
+  void begin_pass(StreamHandle stream);
+  void end_pass(StreamHandle stream);
+
+  /// Makes the step's pages ready for later work of `stream`.
+  /// @throws CapExceededError where they do not fit beside what is in use.
+  void begin(StepId id, StreamHandle stream);
+  void end(StepId id, StreamHandle stream);
+  /// The same for pages that are read outside the steps.
+  void begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
+  void end_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
+
+  /// Loads ahead as far as there is room.
+  void prefetch();
+
+  /// While a pass is captured there is no loading beyond its end, and no taking of times.
+  void set_capturing(bool capturing);
+
+  /// Whether times are taken of every step and load, for `timeline`; else of stalls only.
+  void set_trace(bool trace);
+
+  StreamerStats stats() const;
+  /// The passes that ended last, oldest first, up to some tens of them.
+  std::vector<PassStats> passes();
+  /// What was traced; see Timeline.
+  std::vector<Span> timeline();
+  /// Seconds of compute at each place of the order, as the last traced pass took; empty if none
+  /// was. A place that was not come to has 0.
+  std::vector<double> step_seconds();
+
+ private:
+  struct Upcoming {
+    std::vector<StepId> order;
+    std::vector<std::vector<PageIndex>> pages;
+    std::unordered_map<StepId, std::vector<StepIndex>> places;  // of each step, ascending
+  };
+
+  void on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
+               bool demanded) override;
+  void on_evict(PageIndex first, std::size_t count) override;
+
+  // With mutex_ held.
+  void move_to(StepId id);
+  void load_ahead();
+  void skip_to(StepTime time);
+
+  std::shared_ptr<Region> region_;
+  EventPool events_;
+
+  mutable std::mutex mutex_;
+  std::vector<std::vector<PageIndex>> steps_;  // by id
+  Upcoming upcoming_;
+  StepTime now_ = 0;             // time of the last step that began; see Schedule
+  StepTime cursor_ = 1;          // time of the step whose pages are loaded next
+  std::size_t cursor_page_ = 0;  // how many of its pages are on their way
+  std::size_t pages_ahead_ = 0;  // of the steps between
+  bool capturing_ = false;
+  bool tracing_ = false;
+  std::uint64_t passes_ = 0;
+  std::uint64_t steps_run_ = 0;
+  std::uint64_t unscheduled_ = 0;
+  PassStats pass_begin_;                    // the totals when the pass began
+  std::unordered_map<StepId, Event> open_;  // traced steps that have not ended
+
+  mutable std::mutex observed_mutex_;  // on_load and on_evict may come from the region's own thread
+  bool demanded_ = false;              // since the cursor was set
+  std::uint64_t misses_ = 0;
+  std::uint64_t loaded_bytes_ = 0;
+  Timeline timeline_;
+};
+
+}  // namespace penstock

@@ -1,0 +1,65 @@
+#include "frame_pool/frame_pool.hpp"
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace penstock {
+
+Frame::Frame(std::shared_ptr<const FramePool> pool, FrameHandle handle, Tag tag) noexcept
+    : pool_(std::move(pool)), handle_(handle), tag_(tag) {}
+
+Frame::Frame(Frame&& other) noexcept
+    : pool_(std::move(other.pool_)), handle_(other.handle_), tag_(other.tag_) {}
+
+Frame& Frame::operator=(Frame&& other) noexcept {
+  if (this == &other) return *this;
+  release();
+  pool_ = std::move(other.pool_);
+  handle_ = other.handle_;
+  tag_ = other.tag_;
+  return *this;
+}
+
+Frame::~Frame() {
+  release();
+}
+
+void Frame::release() noexcept {
+  if (!pool_) return;
+  try {
+    pool_->device_->frame_release(handle_);
+  } catch (const std::exception& error) {
+    pool_->device_->suppress(error.what());
+  }
+  pool_->budget_->release(tag_, pool_->frame_size_);
+  pool_.reset();
+}
+
+std::shared_ptr<FramePool> FramePool::create(std::shared_ptr<Device> device,
+                                             std::shared_ptr<Budget> budget,
+                                             std::size_t frame_size) {
+  const std::size_t granularity = device->info().frame_granularity;
+  if (frame_size == 0 || (frame_size & (frame_size - 1)) != 0 || frame_size % granularity != 0) {
+    throw std::invalid_argument("page_size " + std::to_string(frame_size) +
+                                " is not a power of two of at least " +
+                                std::to_string(granularity) + " bytes, as frames need here");
+  }
+  return std::shared_ptr<FramePool>(
+      new FramePool(std::move(device), std::move(budget), frame_size));
+}
+
+FramePool::FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget,
+                     std::size_t frame_size)
+    : device_(std::move(device)), budget_(std::move(budget)), frame_size_(frame_size) {}
+
+std::optional<Frame> FramePool::try_take(Tag tag) const {
+  if (!budget_->try_charge(tag, frame_size_)) return std::nullopt;
+  ScopedCharge charge(*budget_, tag, frame_size_);
+  const FrameHandle handle = device_->frame_create(frame_size_);
+  charge.keep();
+  return Frame(shared_from_this(), handle, tag);
+}
+
+}  // namespace penstock

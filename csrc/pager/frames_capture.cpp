@@ -1,0 +1,67 @@
+// How a frames region lives with work that was captured in a graph.
+#include "error/error.hpp"
+#include "pager/frames_region.hpp"
+
+namespace penstock {
+
+void FramesRegion::forget_shared() {
+  for (Place& place : places_) {
+    if (place.pages.size() > 1) place.owner = kNobody;
+  }
+}
+
+void FramesRegion::prepare_capture() {
+  const std::lock_guard lock(mutex_);
+  require_idle("capture");
+  device_->stream_synchronize(copies_.get());
+  for (Page& page : pages_) {
+    quiesce(page);
+    page.readers.clear();
+    page.ready.reset();
+  }
+  for (Place& place : places_) place.readers.clear();
+  forget_shared();
+  fenced_ = true;
+}
+
+void FramesRegion::begin_capture(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  const Event start = events_.record(stream);
+  device_->event_wait(copies_.get(), start->get());
+  capturing_ = true;
+}
+
+void FramesRegion::end_capture(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  capturing_ = false;
+  // The events that were recorded meanwhile stand for work of the graph, not of a stream.
+  for (Page& page : pages_) {
+    page.readers.clear();
+    page.ready.reset();
+  }
+  for (Place& place : places_) place.readers.clear();
+  forget_shared();
+  const Event tail = events_.record(copies_.get());
+  device_->event_wait(stream, tail->get());
+}
+
+void FramesRegion::before_replay(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  require_idle("replay");
+  if (replay_) device_->event_wait(stream, replay_->get());
+  if (replay_ && !fenced_) return;  // nothing but replays since
+  const Event copied = events_.record(copies_.get());
+  device_->event_wait(stream, copied->get());
+  for (Place& place : places_) {
+    for (const auto& reader : place.readers) device_->event_wait(stream, reader.second->get());
+  }
+  forget_shared();
+}
+
+void FramesRegion::after_replay(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  replay_ = events_.record(stream);
+  fenced_ = false;
+}
+
+}  // namespace penstock

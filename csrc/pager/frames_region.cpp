@@ -1,0 +1,331 @@
+#include "pager/frames_region.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "error/error.hpp"
+
+namespace penstock {
+
+namespace {
+
+constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
+
+void note_reader(std::vector<std::pair<void*, Event>>& readers, StreamHandle stream,
+                 const Event& use) {
+  for (auto& reader : readers) {
+    if (reader.first != stream.value) continue;
+    reader.second = use;
+    return;
+  }
+  readers.emplace_back(stream.value, use);
+}
+
+}  // namespace
+
+std::shared_ptr<FramesRegion> FramesRegion::create(std::shared_ptr<FramePool> pool,
+                                                   std::shared_ptr<HostTier> tier) {
+  if (tier->nbytes() == 0 || tier->page_size() != pool->frame_size()) {
+    throw std::invalid_argument("a host tier of " + std::to_string(tier->nbytes()) +
+                                " bytes in pages of " + std::to_string(tier->page_size()) +
+                                " does not go with frames of " +
+                                std::to_string(pool->frame_size()));
+  }
+  return std::shared_ptr<FramesRegion>(new FramesRegion(std::move(pool), std::move(tier)));
+}
+
+FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier)
+    : Region(pool->device(), tier->nbytes(), tier->page_size()),
+      pool_(std::move(pool)),
+      tier_(std::move(tier)),
+      memory_(device_, page_count() * page_size_),
+      pages_(page_count()),
+      events_(device_, Timing::kOn),
+      copies_(device_) {
+  address_ = memory_.address();
+}
+
+FramesRegion::~FramesRegion() {
+  const std::lock_guard lock(mutex_);
+  settle_copies();
+  for (std::size_t i = 0; i < pages_.size(); ++i) {
+    if (pages_[i].place == kNowhere) continue;
+    try {
+      quiesce(pages_[i]);
+      unmap(static_cast<PageIndex>(i));
+    } catch (const std::exception& error) {
+      device_->suppress(error.what());
+    }
+  }
+}
+
+// ---- using pages -------------------------------------------------------------------------------
+
+void FramesRegion::check_pages(const std::vector<PageIndex>& pages) const {
+  for (const PageIndex page : pages) {
+    if (page >= pages_.size()) {
+      throw std::out_of_range("page " + std::to_string(page) + " of a region of " +
+                              std::to_string(pages_.size()) + " pages");
+    }
+  }
+}
+
+void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  check_pages(pages);
+  for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another
+  try {
+    for (const PageIndex page : pages) {
+      if (!in_place(pages_[page], page)) demand(page);
+    }
+    order_after_loads(pages, stream);
+  } catch (...) {
+    unpin(pages);
+    throw;
+  }
+  ++uses_;
+  for (const PageIndex page : pages) {
+    pages_[page].last_use = uses_;
+    pages_[page].used = true;
+  }
+}
+
+void FramesRegion::order_after_loads(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    Page& page = pages_[pages[i]];
+    if (!page.ready) continue;
+    try {
+      // Asked before waiting, so that an error of the load has surfaced before it is forgotten. A
+      // capture cannot ask.
+      const bool over = !capturing_ && device_->event_done(page.ready->get());
+      device_->event_wait(stream, page.ready->get());
+      if (over) page.ready.reset();
+    } catch (...) {
+      // A load that failed on its stream left the place without the bytes: it is done anew.
+      for (; i < pages.size(); ++i) {
+        const Page& lost = pages_[pages[i]];
+        if (lost.ready) places_[lost.place].owner = kNobody;
+      }
+      throw;
+    }
+  }
+}
+
+void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
+  for (const PageIndex page : pages) --pages_[page].pins;
+}
+
+void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  check_pages(pages);
+  for (const PageIndex page : pages) {
+    if (pages_[page].pins == 0) {
+      throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
+    }
+  }
+  if (pages.empty()) return;
+  Event use;
+  try {
+    use = events_.record(stream);
+  } catch (...) {
+    // No event to remember the readers by: wait for them here. `stream` belongs to the device that
+    // just failed, whose error says more than a second one.
+    try {
+      device_->stream_synchronize(stream);
+    } catch (const std::exception& second) {
+      device_->suppress(second.what());
+    }
+    unpin(pages);
+    throw;
+  }
+  for (const PageIndex index : pages) {
+    Page& page = pages_[index];
+    note_reader(page.readers, stream, use);
+    note_reader(places_[page.place].readers, stream, use);
+  }
+  unpin(pages);
+  if (!verify_) return;
+  for (const PageIndex index : pages) {
+    const Page& page = pages_[index];
+    if (page.pins == 0 && places_[page.place].pages.size() > 1) poison(places_[page.place]);
+  }
+}
+
+bool FramesRegion::settled(const std::vector<PageIndex>& pages) const {
+  const std::lock_guard lock(mutex_);
+  check_pages(pages);
+  return std::all_of(pages.begin(), pages.end(), [&](PageIndex index) {
+    return in_place(pages_[index], index) && !pages_[index].ready;
+  });
+}
+
+// ---- loading -----------------------------------------------------------------------------------
+
+void FramesRegion::set_schedule(std::vector<std::vector<PageIndex>> steps) {
+  const std::lock_guard lock(mutex_);
+  schedule_ = Schedule(pages_.size(), std::move(steps));
+  now_ = 0;
+}
+
+void FramesRegion::advance(StepIndex step) {
+  const std::lock_guard lock(mutex_);
+  now_ = schedule_.time_of(step, now_);
+}
+
+std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
+  const std::lock_guard lock(mutex_);
+  check_pages(pages);
+  std::size_t there = 0;
+  for (const PageIndex index : pages) {
+    const Page& page = pages_[index];
+    if (!in_place(page, index)) {
+      if (page.place == kNowhere) break;
+      const PageIndex owner = places_[page.place].owner;
+      if (owner != kNobody) {
+        if (pages_[owner].pins > 0) break;
+        if (schedule_.next_use(owner, now_) <= schedule_.next_use(index, now_)) break;
+      }
+      if (!tier_->ready(index)) break;
+      load(index, false);
+    }
+    ++there;
+  }
+  return there;
+}
+
+void FramesRegion::load(PageIndex index, bool demanded) {
+  Page& page = pages_[index];
+  Place& place = places_[page.place];
+  const std::vector<Piece>& pieces = tier_->fetch(index);
+  place.owner = kNobody;
+  Event start;
+  try {
+    order_after_readers(place);
+    if (trace_ && !capturing_) start = events_.record(copies_.get());
+    copy_in(index, pieces);
+    page.ready = events_.record(copies_.get());
+  } catch (...) {
+    settle_copies();
+    tier_->release(index, nullptr);
+    throw;
+  }
+  tier_->release(index, page.ready);
+  place.owner = index;
+  page.last_use = ++uses_;
+  page.used = false;
+  stats_.loaded_bytes += page_size_;
+  if (demanded) ++stats_.demand_loads;
+  if (PageObserver* observer = observer_) {
+    observer->on_load(index, 1, start, page.ready, demanded);
+  }
+}
+
+void FramesRegion::order_after_readers(Place& place) {
+  if (!fenced_) device_->event_wait(copies_.get(), replay_->get());
+  fenced_ = true;
+  for (const auto& reader : place.readers) {
+    device_->event_wait(copies_.get(), reader.second->get());
+  }
+  place.readers.clear();
+}
+
+void FramesRegion::copy_in(PageIndex page, const std::vector<Piece>& pieces) {
+  std::byte* target = address_of(page);
+  if (verify_) device_->fill(target, kPoison, page_size_, copies_.get());
+  for (const Piece& piece : pieces) {
+    device_->copy(target + piece.offset, piece.source, piece.nbytes, copies_.get());
+  }
+  if (verify_) verify_load(page, pieces);
+}
+
+void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces) {
+  std::vector<std::byte> found(page_size_);
+  device_->copy(found.data(), address_of(page), page_size_, copies_.get());
+  device_->stream_synchronize(copies_.get());
+  for (const Piece& piece : pieces) {
+    if (std::memcmp(found.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
+    throw DeviceError("copy", 0,
+                      "page " + std::to_string(page) +
+                          " differs from its source after it was "
+                          "loaded, within " +
+                          std::to_string(piece.nbytes) + " bytes at " +
+                          std::to_string(piece.offset));
+  }
+}
+
+void FramesRegion::poison(Place& place) {
+  if (place.owner == kNobody) return;
+  std::byte* target = address_of(place.owner);
+  place.owner = kNobody;
+  order_after_readers(place);
+  device_->fill(target, kPoison, page_size_, copies_.get());
+}
+
+void FramesRegion::demand(PageIndex index) {
+  Page& page = pages_[index];
+  if (page.place == kNowhere || !is_free(places_[page.place])) {
+    if (capturing_) {
+      throw ScheduleError("page " + std::to_string(index) +
+                          " needs another frame, which a capture cannot give: run the same call a "
+                          "few times before capturing it");
+    }
+    const PlaceIndex target = find_place();
+    if (page.place != kNowhere) {
+      quiesce(page);
+      unmap(index);
+    }
+    map(index, target);
+    if (arranged_) ++stats_.remaps;
+  }
+  load(index, true);
+}
+
+void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
+  const std::vector<PageIndex> touched = pages_of(offset, nbytes);
+  const std::lock_guard lock(mutex_);
+  std::byte* target = tier_->address();
+  if (target == nullptr) {
+    throw DeviceError("write_back", 0,
+                      "weights were written to, but host tier \"" + tier_->kind() +
+                          "\" cannot keep that: use host=\"pinned\"");
+  }
+  for (const PageIndex page : touched) {
+    if (pages_[page].pins > 0 && in_place(pages_[page], page)) continue;
+    throw ScheduleError("write_back: page " + std::to_string(page) + " is not in use");
+  }
+  device_->copy(target + offset, address_ + offset, nbytes, stream);
+  stats_.written_back_bytes += nbytes;
+}
+
+void FramesRegion::set_verify(bool verify) {
+  const std::lock_guard lock(mutex_);
+  verify_ = verify;
+}
+
+// ---- figures -----------------------------------------------------------------------------------
+
+RegionStats FramesRegion::stats() const {
+  const std::lock_guard lock(mutex_);
+  RegionStats stats;
+  stats.resident_bytes = places_.size() * page_size_;
+  for (std::size_t i = 0; i < pages_.size(); ++i) {
+    if (in_place(pages_[i], static_cast<PageIndex>(i))) ++stats.resident_pages;
+    if (pages_[i].pins > 0) ++stats.pinned_pages;
+  }
+  return stats;
+}
+
+std::size_t FramesRegion::frame_count() const {
+  const std::lock_guard lock(mutex_);
+  return places_.size();
+}
+
+FramesStats FramesRegion::frames_stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+}  // namespace penstock

@@ -1,0 +1,186 @@
+// A region of reserved addresses under which frames are mapped. A page is readable while the frame
+// mapped under it holds its bytes. Several pages may be mapped onto one frame, once and for all, as
+// aliases: then which of them is valid at a moment is what was copied last. So the hot path of
+// streaming is copies and events: no mapping, no waiting, no allocation.
+//
+// Words: a place is a frame that the region holds; its owner is the page whose bytes are in it, if
+// any. A page that is the owner of its place is "in place". Every other page mapped onto that place
+// reads the owner's bytes, so who reads a page brackets that with `begin` and `end`.
+//
+// What is never broken: the copy that brings a page in waits, on the device, for the last use of
+// the place's owner, and is issued only when the owner is not in use and, if it was not demanded,
+// not needed sooner than the page that comes in. A page's mapping changes only when no work that
+// was given to the device can still use it; there the host waits.
+//
+// `arrange` says which pages have a place to themselves and how the others share; without it, or
+// where pages in use collide on one place, pages are given places as they are demanded. Device
+// memory held is the places, and nothing else.
+//
+// Bytes come from a host tier, and dirty ones go back to it (`write_back`). Thread-safe; the host
+// waits for the device only in `arrange`, `evict`, and demands that need another mapping, and for
+// the tier where its bytes are still being read.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "device/event_pool.hpp"
+#include "device/handles.hpp"
+#include "error/error.hpp"
+#include "frame_pool/frame_pool.hpp"
+#include "host_tier/host_tier.hpp"
+#include "page_table/schedule.hpp"
+#include "pager/region.hpp"
+
+namespace penstock {
+
+/// Which pages share a frame. `slot[page]` is a number below `ring`, or kOwnFrame.
+struct Arrangement {
+  static constexpr std::uint32_t kOwnFrame = std::numeric_limits<std::uint32_t>::max();
+  std::vector<std::uint32_t> slot;
+  std::size_t ring = 0;
+};
+
+/// What a region has done since it was made.
+struct FramesStats {
+  std::uint64_t loaded_bytes = 0;
+  std::uint64_t written_back_bytes = 0;
+  std::uint64_t demand_loads = 0;  ///< Pages that `begin` had to load.
+  std::uint64_t remaps = 0;        ///< Pages that were mapped elsewhere outside of `arrange`.
+};
+
+class FramesRegion : public Region {
+ public:
+  /// Reserves addresses for the tier's bytes; no frame is taken yet. Pages are as large as the
+  /// pool's frames, and so must be the tier's.
+  static std::shared_ptr<FramesRegion> create(std::shared_ptr<FramePool> pool,
+                                              std::shared_ptr<HostTier> tier);
+  /// Waits for all work that was given to the device, and gives the frames back.
+  ~FramesRegion() override;
+
+  void begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  bool settled(const std::vector<PageIndex>& pages) const override;
+  std::size_t evict(const std::vector<PageIndex>& pages) override;
+  void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
+  void advance(StepIndex step) override;
+  std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
+  std::size_t ahead_batch() const override { return 1; }
+  std::size_t ahead_window() const override { return page_count(); }
+  RegionStats stats() const override;
+
+  /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
+  /// @throws CapExceededError where the cap does not allow so many frames, ScheduleError where
+  /// pages
+  ///         are in use; nothing has changed then.
+  void arrange(const Arrangement& arrangement);
+  std::size_t frame_count() const;
+
+  /// Copies bytes that were written on the device back to the tier, as work of `stream`; between
+  /// `begin` and `end`. @throws DeviceError where the tier cannot be written.
+  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
+
+  /// Whether every load is compared with its source, and pages are overwritten once they were used.
+  void set_verify(bool verify);
+
+  // A pass that is captured in a graph starts with nothing in shared places and loads all it needs,
+  // so that it can be replayed at any time. The region tracks eager work by events, which a graph
+  // has none of: replays are bracketed instead.
+  /// Waits for all work, and forgets what is in shared places. @throws ScheduleError where pages
+  /// are in use.
+  void prepare_capture();
+  /// `stream` captures now: orders the copies to come after it, as part of the capture.
+  void begin_capture(StreamHandle stream);
+  /// Orders `stream` after all copies since; the capture can end.
+  void end_capture(StreamHandle stream);
+  /// Before captured work is launched on `stream`: orders it after all other uses.
+  void before_replay(StreamHandle stream);
+  /// After it was launched: orders all other uses after it.
+  void after_replay(StreamHandle stream);
+
+  const std::shared_ptr<HostTier>& tier() const noexcept { return tier_; }
+  StreamHandle copy_stream() const noexcept { return copies_.get(); }
+  FramesStats frames_stats() const;
+
+ private:
+  using PlaceIndex = std::uint32_t;
+  static constexpr PlaceIndex kNowhere = std::numeric_limits<PlaceIndex>::max();
+  static constexpr PageIndex kNobody = std::numeric_limits<PageIndex>::max();
+
+  using Readers = std::vector<std::pair<void*, Event>>;  // the last use on each stream
+
+  struct Page {
+    PlaceIndex place = kNowhere;
+    std::uint32_t pins = 0;
+    Event ready;                 // its load; null: known to be over
+    Readers readers;             // of its addresses
+    std::uint64_t last_use = 0;  // or load
+    bool used = false;           // since it was loaded
+  };
+  struct Place {
+    Frame frame;
+    PageIndex owner = kNobody;
+    std::vector<PageIndex> pages;  // all that are mapped onto it
+    Readers readers;               // of its memory, since the last copy into it
+  };
+
+  FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier);
+
+  // All with mutex_ held.
+  std::byte* address_of(PageIndex page) const { return address_ + std::size_t{page} * page_size_; }
+  void check_pages(const std::vector<PageIndex>& pages) const;
+  bool in_place(const Page& page, PageIndex index) const {
+    return page.place != kNowhere && places_[page.place].owner == index;
+  }
+  bool is_free(const Place& place) const {
+    return place.owner == kNobody || pages_[place.owner].pins == 0;
+  }
+  void load(PageIndex page, bool demanded);
+  void copy_in(PageIndex page, const std::vector<Piece>& pieces);
+  void verify_load(PageIndex page, const std::vector<Piece>& pieces);
+  void poison(Place& place);
+  void order_after_readers(Place& place);
+  void forget_shared();
+  void require_idle(const char* what) const;
+  void demand(PageIndex page);
+  void order_after_loads(const std::vector<PageIndex>& pages, StreamHandle stream);
+  void unpin(const std::vector<PageIndex>& pages);
+  PlaceIndex find_place();
+  PlaceIndex add_place();
+  CapExceededError refusal(std::size_t frames) const;
+  void wait_quietly(const Event& event);
+  /// Waits until nothing on the device can use the page's mapping.
+  void quiesce(Page& page);
+  void map(PageIndex page, PlaceIndex place);
+  void unmap(PageIndex page);
+  /// Gives up places onto which nothing is mapped. @return bytes given back.
+  std::size_t drop_empty_places();
+  void settle_copies() noexcept;
+
+  std::shared_ptr<FramePool> pool_;
+  std::shared_ptr<HostTier> tier_;
+  AddressRange memory_;
+
+  mutable std::mutex mutex_;
+  std::vector<Page> pages_;
+  std::vector<Place> places_;
+  bool arranged_ = false;
+  bool verify_ = false;
+  bool capturing_ = false;
+  Event replay_;        // the last one launched
+  bool fenced_ = true;  // the copies are ordered after it
+  Schedule schedule_;
+  StepTime now_ = 0;
+  std::uint64_t uses_ = 0;
+  FramesStats stats_;
+
+  EventPool events_;
+  OwnedStream copies_;
+};
+
+}  // namespace penstock

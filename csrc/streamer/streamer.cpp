@@ -1,0 +1,261 @@
+#include "streamer/streamer.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "error/error.hpp"
+
+namespace penstock {
+
+Streamer::Streamer(std::shared_ptr<Region> region)
+    : region_(std::move(region)),
+      events_(region_->device_pointer(), Timing::kOn),
+      timeline_(region_->device_pointer()) {
+  region_->set_observer(this);
+}
+
+Streamer::~Streamer() {
+  region_->set_observer(nullptr);
+}
+
+// ---- the order ---------------------------------------------------------------------------------
+
+void Streamer::define(StepId id, std::vector<PageIndex> pages) {
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  if (!pages.empty() && pages.back() >= region_->page_count()) {
+    throw std::out_of_range("step " + std::to_string(id) + " reads page " +
+                            std::to_string(pages.back()) + " of a region of " +
+                            std::to_string(region_->page_count()) + " pages");
+  }
+  const std::lock_guard lock(mutex_);
+  if (id >= steps_.size()) steps_.resize(std::size_t{id} + 1);
+  steps_[id] = std::move(pages);
+}
+
+void Streamer::follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages) {
+  if (order.size() != pages.size()) {
+    throw std::invalid_argument("follow: " + std::to_string(order.size()) + " steps, pages for " +
+                                std::to_string(pages.size()));
+  }
+  Upcoming upcoming;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    upcoming.places[order[i]].push_back(static_cast<StepIndex>(i));
+  }
+  upcoming.order = std::move(order);
+  upcoming.pages = std::move(pages);
+  const std::lock_guard lock(mutex_);
+  region_->set_schedule(upcoming.pages);
+  upcoming_ = std::move(upcoming);
+  now_ = 0;
+  skip_to(1);
+}
+
+void Streamer::skip_to(StepTime time) {
+  cursor_ = time;
+  cursor_page_ = 0;
+  pages_ahead_ = 0;
+}
+
+void Streamer::move_to(StepId id) {
+  const auto found = upcoming_.places.find(id);
+  if (found == upcoming_.places.end()) {
+    ++unscheduled_;
+    return;
+  }
+  const std::size_t count = upcoming_.order.size();
+  const auto& places = found->second;
+  const auto here = static_cast<StepIndex>(now_ % count);  // the place that time now_ + 1 has
+  const auto next = std::lower_bound(places.begin(), places.end(), here);
+  const bool wraps = next == places.end();
+  const StepIndex place = wraps ? places.front() : *next;
+  const StepTime time = (now_ / count + (wraps ? 1 : 0)) * count + place + 1;
+  region_->advance(place);
+  if (cursor_ <= time) {
+    skip_to(time + 1);
+  } else {
+    for (StepTime passed = now_ + 1; passed <= time; ++passed) {
+      const std::size_t size = upcoming_.pages[(passed - 1) % count].size();
+      pages_ahead_ -= std::min(pages_ahead_, size);
+    }
+  }
+  now_ = time;
+}
+
+void Streamer::load_ahead() {
+  {
+    const std::lock_guard lock(observed_mutex_);
+    if (std::exchange(demanded_, false)) skip_to(now_ + 1);  // it may have taken what was ahead
+  }
+  const std::size_t count = upcoming_.order.size();
+  if (count == 0) return;
+  const StepTime pass_end = (now_ == 0 ? 1 : (now_ - 1) / count + 1) * count;
+  const StepTime last = capturing_ ? pass_end : std::max<StepTime>(now_ + count - 1, count);
+  const std::size_t window = region_->ahead_window();
+  const std::size_t batch = region_->ahead_batch();
+  std::vector<PageIndex> wanted;
+  while (cursor_ <= last && pages_ahead_ < window) {
+    // Pages of one or of several steps, as many as the region likes to be asked for at once.
+    StepTime time = cursor_;
+    std::size_t page = cursor_page_;
+    wanted.clear();
+    while (time <= last && wanted.size() < batch) {
+      const auto& pages = upcoming_.pages[(time - 1) % count];
+      for (; page < pages.size() && wanted.size() < batch; ++page) wanted.push_back(pages[page]);
+      if (page < pages.size()) break;
+      ++time;
+      page = 0;
+    }
+    const std::size_t taken = wanted.empty() ? 0 : region_->load_ahead(wanted);
+    pages_ahead_ += taken;
+    if (taken == wanted.size()) {
+      cursor_ = time;
+      cursor_page_ = page;
+      continue;
+    }
+    for (std::size_t left = taken; left > 0; --left) {  // as far as it came
+      while (cursor_page_ >= upcoming_.pages[(cursor_ - 1) % count].size()) {
+        ++cursor_;
+        cursor_page_ = 0;
+      }
+      ++cursor_page_;
+    }
+    return;
+  }
+}
+
+void Streamer::prefetch() {
+  const std::lock_guard lock(mutex_);
+  load_ahead();
+}
+
+// ---- running -----------------------------------------------------------------------------------
+
+void Streamer::begin_pass(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  if (const std::size_t count = upcoming_.order.size(); count > 0 && now_ % count != 0) {
+    // The pass before ended early: go on at the beginning of the next.
+    now_ = (now_ / count + 1) * count;
+    region_->advance(static_cast<StepIndex>(count - 1));
+    if (cursor_ <= now_) skip_to(now_ + 1);
+  }
+  const std::lock_guard observed(observed_mutex_);
+  timeline_.collect();
+  if (!capturing_) timeline_.begin_pass(events_.record(stream));
+  pass_begin_ = {0, 0, 0, 0, loaded_bytes_, misses_, unscheduled_};
+}
+
+void Streamer::end_pass(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  ++passes_;
+  if (capturing_) return;
+  load_ahead();
+  const std::lock_guard observed(observed_mutex_);
+  PassStats totals;
+  totals.loaded_bytes = loaded_bytes_ - pass_begin_.loaded_bytes;
+  totals.misses = misses_ - pass_begin_.misses;
+  totals.unscheduled = unscheduled_ - pass_begin_.unscheduled;
+  timeline_.end_pass(events_.record(stream), totals);
+}
+
+void Streamer::begin(StepId id, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  const std::vector<PageIndex>& pages = steps_.at(id);
+  move_to(id);
+  ++steps_run_;
+  const bool timed = !capturing_ && (tracing_ || !region_->settled(pages));
+  const Event before = timed ? events_.record(stream) : nullptr;
+  region_->begin(pages, stream);
+  if (timed) {
+    const Event after = events_.record(stream);
+    const std::size_t count = upcoming_.order.size();
+    const std::lock_guard observed(observed_mutex_);
+    timeline_.add_wait(id, count > 0 && now_ > 0 ? (now_ - 1) % count : 0, before, after);
+    if (tracing_) open_[id] = after;
+  }
+  load_ahead();
+}
+
+void Streamer::end(StepId id, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  if (const auto open = open_.find(id); open != open_.end()) {
+    const Event after = events_.record(stream);
+    const std::lock_guard observed(observed_mutex_);
+    timeline_.add_span(SpanKind::kStep, id, 0, open->second, after);
+    open_.erase(open);
+  }
+  region_->end(steps_.at(id), stream);
+  load_ahead();
+}
+
+void Streamer::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  ++unscheduled_;
+  region_->begin(pages, stream);
+}
+
+void Streamer::end_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  region_->end(pages, stream);
+}
+
+void Streamer::set_capturing(bool capturing) {
+  const std::lock_guard lock(mutex_);
+  capturing_ = capturing;
+  if (const std::size_t count = upcoming_.order.size(); count > 0) {
+    region_->set_schedule(upcoming_.pages);
+    now_ = 0;
+  }
+  skip_to(now_ + 1);
+}
+
+void Streamer::set_trace(bool trace) {
+  const std::lock_guard lock(mutex_);
+  tracing_ = trace;
+  region_->set_trace(trace);
+  open_.clear();
+}
+
+// ---- figures -----------------------------------------------------------------------------------
+
+void Streamer::on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
+                       bool demanded) {
+  const std::lock_guard lock(observed_mutex_);
+  loaded_bytes_ += count * region_->page_size();
+  if (demanded) {
+    ++misses_;
+    demanded_ = true;
+  }
+  if (start) {
+    timeline_.add_span(SpanKind::kLoad, first, static_cast<std::uint32_t>(count), start, ready);
+  }
+}
+
+void Streamer::on_evict(PageIndex /*first*/, std::size_t /*count*/) {}
+
+StreamerStats Streamer::stats() const {
+  const std::lock_guard lock(mutex_);
+  const std::lock_guard observed(observed_mutex_);
+  return {passes_, steps_run_, unscheduled_, misses_, loaded_bytes_};
+}
+
+std::vector<PassStats> Streamer::passes() {
+  const std::lock_guard observed(observed_mutex_);
+  timeline_.collect();
+  return {timeline_.passes().begin(), timeline_.passes().end()};
+}
+
+std::vector<Span> Streamer::timeline() {
+  const std::lock_guard observed(observed_mutex_);
+  timeline_.collect();
+  return {timeline_.spans().begin(), timeline_.spans().end()};
+}
+
+std::vector<double> Streamer::step_seconds() {
+  const std::lock_guard observed(observed_mutex_);
+  timeline_.collect();
+  return timeline_.step_seconds();
+}
+
+}  // namespace penstock
