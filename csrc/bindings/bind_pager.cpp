@@ -43,6 +43,24 @@ void bind_pager(py::module_& module) {
       .def("pages_of", &Region::pages_of, py::arg("start"), py::arg("nbytes"),
            "Return the pages that a byte range touches.")
       .def("stats", &Region::stats, "Count pages by where they are.")
+      .def(
+          "begin",
+          [](Region& region, const Pages& pages, std::uintptr_t stream) {
+            region.begin(pages, stream_of(stream));
+          },
+          py::arg("pages"), py::arg("stream") = 0, without_gil,
+          "Bring pages in, keep them, and order the stream after their loads.")
+      .def(
+          "end",
+          [](Region& region, const Pages& pages, std::uintptr_t stream) {
+            region.end(pages, stream_of(stream));
+          },
+          py::arg("pages"), py::arg("stream") = 0, without_gil,
+          "Let go of pages once the stream's work so far has run.")
+      .def("settled", &Region::settled, py::arg("pages"), without_gil,
+           "Whether begin would find the pages in place and nothing to wait for.")
+      .def("evict", &Region::evict, py::arg("pages"), without_gil,
+           "Drop pages that are not in use; return bytes given back.")
       .def("dlpack", &to_dlpack, py::arg("offset"), py::arg("nbytes"),
            "Return a DLPack capsule over a byte range, as unsigned bytes.");
 

@@ -13,21 +13,21 @@ __all__ = ["ReadObserver"]
 
 
 class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, calls back before each operation with the pages that it reads.
+    """While active, calls back before each operation with the tensors that it reads.
 
     Parameters
     ----------
-    pages
-        Pages by the address at which a tensor's storage begins.
+    tensors
+        Indices of tensors by the address at which their storage begins.
     on_read
-        Called with the pages, before the operation runs.
+        Called with the indices, before the operation runs.
     """
 
     def __init__(
-        self, pages: Mapping[int, Sequence[int]], on_read: Callable[[set[int]], None]
+        self, tensors: Mapping[int, Sequence[int]], on_read: Callable[[set[int]], None]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pages = pages
+        self._tensors = tensors
         self._on_read = on_read
 
     def __torch_dispatch__(
@@ -41,7 +41,7 @@ class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read: set[int] = set()
         for value in tree_iter((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                read.update(self._pages.get(_storage_address(value), ()))
+                read.update(self._tensors.get(_storage_address(value), ()))
         if read:
             self._on_read(read)
         return func(*args, **kwargs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 
@@ -13,7 +15,12 @@ from penstock.sizes import parse_bytes
 __all__ = ["Pager", "Region", "open_device"]
 
 PAGE_SIZE = 2 << 20
-"""Bytes of a page: what GPU drivers migrate at once, and the largest that a kernel maps whole."""
+"""Bytes of a managed page: what GPU drivers migrate at once, the largest that a kernel maps whole."""
+
+FRAME_SIZE = 32 << 20
+"""Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
+
+_LINK_SAMPLE = 64 << 20
 
 
 def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device, torch.device]:
@@ -59,7 +66,7 @@ class Region:
     Tensors on it keep it alive. Their addresses never change.
     """
 
-    def __init__(self, core: _core.ManagedRegion, device: torch.device) -> None:
+    def __init__(self, core: _core.Region, device: torch.device) -> None:
         self.core = core
         self.device = device
 
@@ -138,13 +145,19 @@ class Pager:
         See `open_device`.
     kind
         `"managed"`: CUDA's unified memory on a GPU, the operating system's paging on the host.
+        `"frames"`: physical memory mapped under reserved addresses, copied to from pinned host
+        memory. `"auto"`: frames on a GPU, else managed.
     page_size
-        Bytes of a page, a power of two of at least 4096. Below 2 MiB the host device's kernel may
-        map neighbours of a page along with it, and CUDA moves at least 2 MiB anyway.
+        Bytes of a page, a power of two. Managed pages have at least 4096, 2 MiB if omitted: below
+        that the host device's kernel may map neighbours of a page along with it, and CUDA moves at
+        least 2 MiB anyway. Frames have at least the device's granularity, and at most 32 MiB and a
+        sixteenth of the cap if omitted.
 
     Notes
     -----
-    Reading a page that is not resident is right, but slow, and not counted. Thread-safe.
+    Reading a managed page that is not resident is right, but slow, and not counted. Reading a page
+    of frames that is not in place is undefined: read it after `prefetch`, before anything else is
+    prefetched that might take its place. Thread-safe.
     """
 
     def __init__(
@@ -153,14 +166,93 @@ class Pager:
         cap: int | str,
         device: str | torch.device | _core.Device = "auto",
         kind: str = "managed",
-        page_size: int | str = PAGE_SIZE,
+        page_size: int | str | None = None,
     ) -> None:
-        if kind not in ("auto", "managed"):
-            raise ValueError(f'pager kind {kind!r} is not known; use "managed"')
+        if kind not in ("auto", "managed", "frames"):
+            raise ValueError(f'pager kind {kind!r} is not known; use "managed" or "frames"')
         self.core_device, self.device = open_device(device)
-        self.kind = "managed"
+        if kind == "auto":
+            kind = "frames" if self.device.type == "cuda" else "managed"
+        self.kind = kind
         self.budget = _core.Budget(parse_bytes(cap))
-        self.core = _core.ManagedPager(self.core_device, self.budget, parse_bytes(page_size))
+        self.page_size = self._page_size(page_size)
+        self._managed: _core.ManagedPager | None = None
+        self._frames: _core.FramePool | None = None
+        if kind == "managed":
+            self._managed = _core.ManagedPager(self.core_device, self.budget, self.page_size)
+        else:
+            self._frames = _core.FramePool(self.core_device, self.budget, self.page_size)
+        self._link_rate = 0.0
+
+    def _page_size(self, wanted: int | str | None) -> int:
+        if wanted is not None:
+            return parse_bytes(wanted)
+        if self.kind == "managed":
+            return PAGE_SIZE
+        # Large enough for the link's full rate, small enough that a ring is a small part of the cap.
+        size = self.core_device.info().frame_granularity
+        while size < FRAME_SIZE and size * 2 * 16 <= self.cap:
+            size *= 2
+        return size
+
+    @property
+    def core(self) -> _core.ManagedPager:
+        """The core's pager of managed memory."""
+        if self._managed is None:
+            raise ValueError("this pager works with frames, not with managed memory")
+        return self._managed
+
+    @property
+    def frames(self) -> _core.FramePool:
+        """The core's pool of frames."""
+        if self._frames is None:
+            raise ValueError("this pager works with managed memory, not with frames")
+        return self._frames
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes per second of copies from pinned memory, measured once."""
+        if not self._link_rate:
+            self._link_rate = _core.measure_link_rate(self.core_device, _LINK_SAMPLE)
+        return self._link_rate
+
+    def plan(
+        self,
+        page_count: int,
+        steps: Sequence[Sequence[int]],
+        frames: int,
+        seconds: Sequence[float] = (),
+    ) -> _core.Plan:
+        """Plan which pages stay and how the others stream.
+
+        Parameters
+        ----------
+        page_count
+            Pages of the region.
+        steps
+            Pages in use at each step of a pass.
+        frames
+            How many pages may be held at once.
+        seconds
+            Compute time of each step; empty if unknown.
+
+        Raises
+        ------
+        CapExceededError
+            If a step needs more frames than that.
+        """
+        return _core.plan(
+            page_count=page_count,
+            page_size=self.page_size,
+            steps=steps,
+            frames=frames,
+            link_rate=self.link_rate,
+            step_seconds=seconds,
+        )
+
+    def capturing(self) -> bool:
+        """Whether torch's current stream is being captured in a graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @property
     def cap(self) -> int:
@@ -183,8 +275,15 @@ class Pager:
         DeviceError
             If the device, or the disk behind the host device, has no room.
         """
+        size = parse_bytes(nbytes)
+        if self.kind == "frames":
+            threads = min(8, os.cpu_count() or 1)
+            tier = _core.PinnedTier(self.core_device, size, self.page_size, [], [], threads)
+            while not tier.wait_for(timedelta(seconds=1)):
+                pass
+            return Region(_core.FramesRegion(self.frames, tier), self.device)
         access = _core.Access.read_write if writable else _core.Access.read_mostly
-        return Region(self.core.reserve(parse_bytes(nbytes), access), self.device)
+        return Region(self.core.reserve(size, access), self.device)
 
     def prefetch(
         self,
@@ -225,7 +324,12 @@ class Pager:
         """
         pages = self._pages(region, start, nbytes)
         reader = self.stream() if stream is None else stream
-        return self.core.prefetch(region.core, pages, reader)
+        if isinstance(region.core, _core.ManagedRegion):
+            return self.core.prefetch(region.core, pages, reader)
+        before = region.core.stats().resident_bytes
+        region.core.begin(pages, reader)
+        region.core.end(pages, reader)
+        return max(0, region.core.stats().resident_bytes - before)
 
     def evict(self, region: Region, start: int = 0, nbytes: int | None = None) -> int:
         """Take a byte range off the device; its bytes are kept, and reading them stays right.
@@ -243,17 +347,18 @@ class Pager:
         int
             Bytes given back to the budget.
         """
-        return self.core.evict(region.core, self._pages(region, start, nbytes))
+        return region.core.evict(self._pages(region, start, nbytes))
 
     def synchronize(self) -> None:
         """Wait until all that was asked of the pager so far has ended."""
-        self.core.synchronize()
+        if self._managed is not None:
+            self._managed.synchronize()
 
     def stream(self) -> int:
         """Return the handle of torch's current stream on the pager's device; 0 on the host."""
         if self.device.type != "cuda":
             return 0
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+        return int(torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def _pages(self, region: Region, start: int, nbytes: int | None) -> list[int]:
         return region.pages_of(start, region.nbytes - start if nbytes is None else nbytes)

@@ -1,0 +1,384 @@
+"""Guarding tensors on frames, whose addresses stay readable while their bytes are another page's.
+
+A guarded tensor is of a class that sees every operation on it (`__torch_function__`): what reads
+its values is given its pages for the time of the operation, what makes a view of it gives a guarded
+view, and what only asks for shapes and the like goes through. A step opens the tensors that it
+reads: it makes their pages ready and gives the tensors their plain class back, so that nothing
+stands between them and the operations. When it ends, the tensors are closed again.
+
+Two things are looked for when a tensor is closed. Whether it was written to (its version counter):
+then its bytes are copied back to where they come from. Whether a view of it outlives the step (its
+storage's use count): then its pages stay in place for as long as the view lives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_iter, tree_map
+
+from penstock.operations import EXPORTS, METADATA, VIEWS
+
+__all__ = ["Access", "Entry", "Guard"]
+
+
+class Access(Protocol):
+    """How a guard has pages made ready."""
+
+    def begin_read(self, entries: Sequence[Entry]) -> object:
+        """Make the pages of tensors ready for the current stream; return what ends that."""
+
+    def end_read(self, begun: object) -> None:
+        """Let go of the pages once the stream's work so far has run."""
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """Keep pages in place until they are let go of."""
+
+    def let_go(self, pages: Sequence[int]) -> None:
+        """Take one `hold` back."""
+
+    def write_back(self, offset: int, nbytes: int) -> None:
+        """Keep what was written to a range of the region."""
+
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return the bytes of a range as they are kept on the host."""
+
+
+class Entry:
+    """One tensor on the region."""
+
+    __slots__ = (
+        "address",
+        "base_count",
+        "gone",
+        "guard",
+        "guarded",
+        "kept",
+        "nbytes",
+        "offset",
+        "opened",
+        "pages",
+        "plain",
+        "storage",
+        "tensor",
+        "version",
+        "views",
+    )
+
+    def __init__(
+        self, guard: Guard, tensor: torch.Tensor, offset: int, nbytes: int, pages: tuple[int, ...]
+    ) -> None:
+        self.guard = guard
+        self.tensor = tensor
+        self.offset = offset
+        self.nbytes = nbytes
+        self.pages = pages
+        self.plain = type(tensor)
+        self.guarded = _guarded_class(self.plain)
+        self.opened = 0
+        self.kept = False
+        self.gone = False
+        self.views: list[weakref.ref[torch.Tensor]] = []  # guarded ones
+        self.address = tensor.data_ptr()
+        self.storage = tensor.untyped_storage()
+        self.version = tensor._version
+        self.base_count = self._use_count()
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_entry, ()  # copies of the tensor are ordinary ones
+
+    def escaped(self) -> bool:
+        """Whether somebody holds a view that is not guarded."""
+        if self._use_count() == self.base_count:
+            return False
+        self.views = [view for view in self.views if view() is not None]
+        return self._use_count() > self.base_count + len(self.views)
+
+    def _use_count(self) -> int:
+        count: int = torch._C._storage_Use_Count(self.storage._cdata)
+        return count
+
+
+def _no_entry() -> None:
+    return None
+
+
+class Guard:
+    """Guards the tensors of one model."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._by_address: dict[int, Entry] = {}
+        self._kept: list[Entry] = []
+        self.entries: list[Entry] = []
+
+    def add(self, tensor: torch.Tensor, offset: int, nbytes: int, pages: Iterable[int]) -> Entry:
+        """Guard a tensor from now on."""
+        entry = Entry(self, tensor, offset, nbytes, tuple(pages))
+        self.entries.append(entry)
+        self._by_address[entry.storage.data_ptr()] = entry
+        tensor._penstock = entry  # type: ignore[attr-defined]
+        tensor.__class__ = entry.guarded
+        return entry
+
+    def remove(self) -> None:
+        """Give all tensors their plain class back, for good."""
+        self.release_kept(force=True)
+        for entry in self.entries:
+            self._forget(entry)
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def open(self, entries: Iterable[Entry]) -> None:
+        """Let the tensors be used as they are; their pages are ready."""
+        for entry in entries:
+            entry.opened += 1
+            if entry.opened == 1 and not entry.gone:
+                entry.tensor.__class__ = entry.plain
+
+    def close(self, entries: Iterable[Entry]) -> None:
+        """Guard the tensors again; call it before their pages are let go of."""
+        for entry in entries:
+            entry.opened -= 1
+            if entry.gone or entry.opened:
+                continue
+            self._settle(entry)
+            if not entry.gone:
+                entry.tensor.__class__ = entry.guarded
+
+    def settle(self, entries: Iterable[Entry]) -> None:
+        """Look for writes and views as `close` does, but leave the tensors open."""
+        for entry in entries:
+            if not entry.gone:
+                self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        self._note_change(entry)
+        if not entry.gone and not entry.kept and entry.escaped():
+            self._access.hold(entry.pages)
+            entry.kept = True
+            self._kept.append(entry)
+
+    def release_kept(self, *, force: bool = False) -> None:
+        """Let go of pages that were kept for views which are gone."""
+        if not self._kept:
+            return
+        still = []
+        for entry in self._kept:
+            if not force and entry.escaped():
+                still.append(entry)
+                continue
+            entry.kept = False
+            self._access.let_go(entry.pages)
+        self._kept = still
+
+    def _forget(self, entry: Entry) -> None:
+        if entry.gone:
+            return
+        entry.gone = True
+        entry.tensor.__class__ = entry.plain
+        self._by_address.pop(entry.storage.data_ptr(), None)
+        if entry.tensor.__dict__.get("_penstock") is entry:
+            del entry.tensor._penstock  # type: ignore[attr-defined]
+
+    # ---- operations outside of steps -----------------------------------------------------------
+
+    def call(
+        self,
+        entries: list[Entry],
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401
+        """Run an operation with the pages of the tensors that it reads."""
+        with self.reading(entries), self.saving():
+            return func(*args, **kwargs)
+
+    @contextmanager
+    def reading(self, entries: list[Entry]) -> Iterator[None]:
+        """Have the pages of some tensors ready inside the block."""
+        begun = self._access.begin_read(entries)
+        try:
+            yield
+        finally:
+            try:
+                for entry in entries:
+                    self._note_change(entry)
+            finally:
+                self._access.end_read(begun)
+
+    def _note_change(self, entry: Entry) -> None:
+        if entry.gone or entry.tensor._version == entry.version:
+            return
+        if entry.tensor.data_ptr() != entry.address:
+            self._forget(entry)
+            return
+        entry.version = entry.tensor._version
+        self._access.write_back(entry.offset, entry.nbytes)
+
+    def wrap(self, result: Any) -> Any:  # noqa: ANN401
+        """Guard the views of guarded tensors that an operation returned."""
+        return tree_map(self._wrap_one, result)
+
+    def _wrap_one(self, value: Any) -> Any:  # noqa: ANN401
+        if not isinstance(value, torch.Tensor) or isinstance(value, _Guarded):
+            return value
+        entry = self._by_address.get(_storage_address(value))
+        if entry is None or value is entry.tensor:
+            return value
+        view = value.as_subclass(_guarded_class(type(value)))
+        view._penstock = entry  # type: ignore[attr-defined]
+        entry.views.append(weakref.ref(view))
+        return view
+
+    # ---- autograd ------------------------------------------------------------------------------
+
+    def saving(self) -> Any:  # noqa: ANN401
+        """Have autograd remember weights by name, not by address, inside the block."""
+        if not torch.is_grad_enabled():
+            return ExitStack()
+        return saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401
+        entry = self._by_address.get(_storage_address(tensor))
+        if entry is None:
+            return tensor
+        return _Saved(entry, tensor)
+
+    def clone(self, entry: Entry, like: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor or a view of it into ordinary memory on the device."""
+        with torch._C.DisableTorchFunctionSubclass(), self.reading([entry]), torch.no_grad():
+            return like.detach().clone(memory_format=torch.preserve_format)
+
+    def host_copy(self, entry: Entry, like: torch.Tensor) -> torch.Tensor:
+        """Return a tensor or a view of it as it is kept on the host; do not write to it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            flat = self._access.host_copy(entry.offset, entry.nbytes).view(like.dtype)
+            inside = like.storage_offset() - entry.tensor.storage_offset()
+            return flat.as_strided(like.shape, like.stride(), inside)
+
+
+class _Saved:
+    """A weight that autograd saved: read again, from wherever it is then."""
+
+    def __init__(self, entry: Entry, tensor: torch.Tensor) -> None:
+        self.entry = entry
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.version = entry.tensor._version
+
+
+def _unpack(saved: Any) -> torch.Tensor:  # noqa: ANN401
+    if not isinstance(saved, _Saved):
+        tensor: torch.Tensor = saved
+        return tensor
+    entry = saved.entry
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        if entry.tensor._version != saved.version:
+            raise RuntimeError(
+                "one of the weights needed for gradient computation has been modified by an "
+                "inplace operation after the forward pass that used it"
+            )
+        view = entry.tensor.detach()
+        if saved.dtype != view.dtype:
+            view = view.view(saved.dtype)
+        view = view.as_strided(saved.shape, saved.stride, saved.offset)
+        return entry.guard.clone(entry, view)
+
+
+class _Guarded:
+    """What guarded classes have beside their plain class."""
+
+    _penstock: Entry
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in METADATA:
+                return func(*args, **kwargs)
+            entries = _entries(args, kwargs)
+            if not entries:
+                return func(*args, **kwargs)
+            guard = entries[0].guard
+            if func in VIEWS:
+                return guard.wrap(func(*args, **kwargs))
+            if func in EXPORTS:
+                copy = guard.clone(entries[0], args[0])
+                return func(copy, *args[1:], **kwargs)
+            return guard.wrap(_read_all(entries, func, args, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = _ordinary(self, self._penstock.guard.clone(self._penstock, self))  # type: ignore[arg-type]
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
+        host = self._penstock.guard.host_copy(self._penstock, self)  # type: ignore[arg-type]
+        return _ordinary(self, host).__reduce_ex__(protocol)
+
+
+def _ordinary(guarded: Any, value: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """Make a tensor of the plain class, with the attributes of a guarded one."""
+    with torch._C.DisableTorchFunctionSubclass():
+        entry: Entry = guarded._penstock
+        if not isinstance(guarded, nn.Parameter):
+            return value
+        made = nn.Parameter(value, requires_grad=guarded.requires_grad)
+        if entry.plain is not nn.Parameter:
+            made.__class__ = entry.plain
+        attributes = {k: v for k, v in guarded.__dict__.items() if k != "_penstock"}
+        made.__dict__.update(attributes)
+        return made
+
+
+def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Entry]:
+    found: dict[int, Entry] = {}
+    for value in tree_iter((args, kwargs)):
+        if isinstance(value, _Guarded):
+            entry = value._penstock
+            if not entry.gone:
+                found[id(entry)] = entry
+    return list(found.values())
+
+
+def _read_all(
+    entries: list[Entry], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:  # noqa: ANN401
+    """Run an operation on tensors of one model, or of several."""
+    guard = entries[0].guard
+    mine = [entry for entry in entries if entry.guard is guard]
+    others = [entry for entry in entries if entry.guard is not guard]
+    if not others:
+        return guard.call(mine, func, args, kwargs)
+    return guard.call(mine, lambda *a, **k: _read_all(others, func, a, k), args, kwargs)
+
+
+@lru_cache(maxsize=None)
+def _guarded_class(plain: type) -> type:
+    if issubclass(plain, _Guarded):
+        return plain
+    return type(plain)(f"Guarded{plain.__name__}", (_Guarded, plain), {"__module__": __name__})
+
+
+def _storage_address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory of its own
+        return 0

@@ -1,0 +1,154 @@
+"""What is under one model's tensors: a region, how its bytes get there, and the plan it runs by."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from penstock import _core
+from penstock.errors import CapExceededError
+from penstock.pager import Pager, Region
+
+__all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
+
+PagesOfSteps = Sequence[Sequence[int]]
+"""For each step of a pass, the pages that are in use there."""
+
+
+class ModelMemory(ABC):
+    """The memory of one model."""
+
+    keeps_addresses_valid = True
+    """Whether a tensor can be read at any time, if slowly, whatever is in place."""
+
+    def __init__(self, pager: Pager, region: Region) -> None:
+        self.pager = pager
+        self.region = region
+        self.streamer = _core.Streamer(region.core)
+        self.plan: _core.Plan | None = None
+
+    @property
+    def page_count(self) -> int:
+        """Pages of the region."""
+        return self.region.core.page_count
+
+    @property
+    def all_pages(self) -> list[int]:
+        """Every page of the region."""
+        return list(range(self.page_count))
+
+    @abstractmethod
+    def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
+        """Plan for a pass, and place pages accordingly.
+
+        Parameters
+        ----------
+        seconds
+            Compute time of each step; empty if it is not known.
+
+        Raises
+        ------
+        CapExceededError
+            If a step cannot run in what the model may use.
+        """
+
+    @abstractmethod
+    def fits(self) -> bool:
+        """Whether all pages may be in place at once."""
+
+    @abstractmethod
+    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
+        """Keep what was written to a range, which is in use."""
+
+    @abstractmethod
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return bytes as they are kept on the host; not to be written to."""
+
+    def evict(self) -> None:
+        """Drop all that is not in use."""
+        self.region.core.evict(self.all_pages)
+
+
+class ManagedMemory(ModelMemory):
+    """Managed memory: the pager decides what stays, by the schedule."""
+
+    region_core: _core.ManagedRegion
+
+    def __init__(self, pager: Pager, region: Region) -> None:
+        super().__init__(pager, region)
+        assert isinstance(region.core, _core.ManagedRegion)
+        self.region_core = region.core
+
+    def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
+        frames = self.pager.cap // self.pager.page_size
+        if not steps or frames == 0:
+            return
+        try:
+            self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+        except CapExceededError:  # the pager says it better, when the step is run
+            self.plan = None
+
+    def fits(self) -> bool:
+        return self.region.nbytes <= self.pager.cap
+
+    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
+        """Do nothing: managed memory keeps what is written."""
+
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        return self.region.tensor(offset, (nbytes,), torch.uint8)
+
+
+class FramesMemory(ModelMemory):
+    """Frames: the plan decides what stays, and where the rest goes through.
+
+    Parameters
+    ----------
+    tier
+        Where the bytes come from.
+    """
+
+    keeps_addresses_valid = False
+    region_core: _core.FramesRegion
+
+    def __init__(self, pager: Pager, tier: _core.HostTier) -> None:
+        core = _core.FramesRegion(pager.frames, tier)
+        super().__init__(pager, Region(core, pager.device))
+        self.region_core = core
+        self.tier = tier
+        self.frames = self.page_count  # that it may hold
+        self._arranged: tuple[tuple[int | None, ...], int] | None = None
+
+    def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
+        frames = min(self.frames, self.page_count)
+        plan = self.pager.plan(self.page_count, steps, frames, seconds)
+        arranged = (tuple(plan.slot), plan.ring)
+        if arranged != self._arranged:
+            self.region_core.arrange(plan.slot, plan.ring)
+            self._arranged = arranged
+        self.plan = plan
+        resident = set(plan.resident)
+        self.tier.expect([page for pages in steps for page in pages if page not in resident])
+
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.ring == 0
+
+    def evict(self) -> None:
+        super().evict()
+        self._arranged = None
+
+    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
+        self.region_core.write_back(offset, nbytes, stream)
+
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        address = self.tier.address
+        if address is None:
+            return torch.frombuffer(bytearray(self.tier.read(offset, nbytes)), dtype=torch.uint8)
+        held = (ctypes.c_char * nbytes).from_address(address + offset)
+        held._tier = self.tier  # type: ignore[attr-defined]
+        return torch.frombuffer(held, dtype=torch.uint8)
+

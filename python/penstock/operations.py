@@ -1,0 +1,68 @@
+"""What operations on a tensor do with its values: nothing, pass them on, or read them.
+
+An operation that is in none of these sets reads values. So a name that is missing here costs time,
+never a wrong result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["EXPORTS", "METADATA", "VIEWS"]
+
+
+def _getters(names: str) -> list[Any]:
+    return [getattr(torch.Tensor, name).__get__ for name in names.split() if _has(name)]
+
+
+def _methods(names: str) -> list[Any]:
+    return [getattr(torch.Tensor, name) for name in names.split() if _has(name)]
+
+
+def _functions(names: str) -> list[Any]:
+    return [getattr(torch, name) for name in names.split() if hasattr(torch, name)]
+
+
+def _has(name: str) -> bool:
+    return hasattr(torch.Tensor, name)
+
+
+METADATA = frozenset(
+    _getters(
+        "shape dtype device layout ndim itemsize nbytes names name output_nr is_leaf requires_grad "
+        "retains_grad grad grad_fn is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized "
+        "is_nested is_mkldnn is_mps is_xpu is_xla is_ipu is_maia is_vulkan is_mtia _version _base "
+        "_cdata _backward_hooks _post_accumulate_grad_hooks"
+    )
+    + [torch.Tensor.grad.__set__, torch.Tensor.requires_grad.__set__]  # type: ignore[attr-defined]
+    + _methods(
+        "size stride dim ndimension numel nelement element_size storage_offset is_contiguous "
+        "is_floating_point is_complex is_signed is_inference is_pinned is_conj is_neg is_shared "
+        "get_device data_ptr type_as_meta requires_grad_ untyped_storage has_names __len__ "
+        "is_same_size is_set_to register_hook register_post_accumulate_grad_hook retain_grad "
+        "dim_order _is_view _is_zerotensor __hash__"
+    )
+    + _functions("is_tensor is_floating_point is_complex is_signed numel is_conj is_neg is_same_size")
+)
+"""Ask for shapes, types and the like."""
+
+VIEWS = frozenset(
+    _getters("data T mT H mH real imag")
+    + _methods(
+        "detach alias view view_as t transpose swapaxes swapdims permute movedim moveaxis narrow "
+        "select squeeze unsqueeze unflatten expand expand_as as_strided diagonal unfold split chunk "
+        "tensor_split unbind adjoint __iter__"
+    )
+    + _functions(
+        "detach t transpose swapaxes swapdims permute movedim moveaxis narrow select squeeze "
+        "unsqueeze unflatten as_strided diagonal split chunk tensor_split unbind adjoint"
+    )
+)
+"""Return other views of the same memory."""
+
+EXPORTS = frozenset(
+    _methods("numpy __array__ __dlpack__ storage _typed_storage share_memory_ pin_memory_")
+)
+"""Hand the memory itself out, for others to read when they like: they are given a copy."""

@@ -1,0 +1,513 @@
+"""Running a bound model step by step: hooks begin and end steps, and learn what comes when.
+
+The first pass of an entry point is observed operation by operation: a dispatch mode sees which
+tensors are really read, whoever reads them, and their pages are made ready just then. From it each
+module's step is known. In later passes hooks begin a step when its module is called, and open the
+tensors that it reads; whatever is read beside goes through the guard, and is learned as a step of
+its own. A model that is in place as a whole has no hooks but on its entry points.
+
+One model runs in one thread at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from penstock.binding import Binding
+from penstock.errors import CapExceededError, ScheduleError
+from penstock.guard import Entry, Guard
+from penstock.memory import ModelMemory
+from penstock.observe import ReadObserver
+from penstock.sizes import format_bytes
+from penstock.steps import Order, Place, Steps
+
+__all__ = ["Runner"]
+
+_REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
+
+# These choose their kernels by whether a tensor is of a class with __torch_function__, so all that
+# they look at is part of their step.
+_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class _Call:
+    """One call of a module that is under way."""
+
+    __slots__ = ("begun", "entries", "module", "outer", "parent", "read")
+
+    def __init__(self, module: int, parent: _Call | None) -> None:
+        self.module = module
+        self.parent = parent
+        # The steps of the calls around it.
+        self.outer: tuple[int, ...] = (*parent.outer, *parent.begun) if parent else ()
+        self.begun: list[int] = []  # steps
+        self.entries: Sequence[Entry] = ()  # opened
+        self.read: set[int] = set()  # tensors, if observed
+
+
+class _Phase(Enum):
+    """How well the plan fits the order that is followed."""
+
+    PLANNED = 1  # without knowing how long steps take
+    TRACING = 2
+    TRACED = 3
+    SETTLED = 4
+
+
+class _Hook:
+    """A hook of one module. Copies and pickles of the module, on ordinary memory, have none."""
+
+    def __init__(self, work: Callable[..., None], module: int) -> None:
+        self._work = work
+        self._module = module
+
+    def __call__(self, *arguments: Any) -> None:  # noqa: ANN401
+        self._work(self._module)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _no_hook
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _get_no_hook, ()
+
+
+def _no_hook(*arguments: object) -> None:
+    """Stand where a hook was."""
+
+
+def _get_no_hook() -> Callable[..., None]:
+    return _no_hook
+
+
+class Runner:
+    """Runs a bound model on its memory.
+
+    Parameters
+    ----------
+    name
+        The model's, for messages.
+    """
+
+    def __init__(self, name: str, binding: Binding, memory: ModelMemory) -> None:
+        self._name = name
+        self._binding = binding
+        self._memory = memory
+        self._streamer = memory.streamer
+        self._stream = memory.pager.stream
+        self.capturing = False
+
+        self._modules = list(binding.module.modules())
+        ids = {id(module): i for i, module in enumerate(self._modules)}
+        own: list[set[int]] = [set() for _ in self._modules]
+        self._guard = Guard(self)
+        self._step_entries: list[list[Entry]] = [[] for _ in self._modules]
+        self._entries: list[Entry] = []
+        self._by_address: dict[int, list[int]] = {}
+        for index, (placement, tensor) in enumerate(binding.placed()):
+            pages = memory.region.pages_of(placement.offset, placement.nbytes)
+            address = tensor.untyped_storage().data_ptr()
+            entry = self._guard.add(tensor, placement.offset, placement.nbytes, pages)
+            self._entries.append(entry)
+            self._by_address[address] = [index]
+            for owner, _ in placement.slot.owners:
+                own[ids[id(owner)]].add(index)
+        self._index = {id(entry): i for i, entry in enumerate(self._entries)}
+        self._whole = self._whole_subtrees(own)
+        names = [module_name for module_name, _ in binding.module.named_modules()]
+        self._steps = Steps(names, [frozenset(each) for each in own])
+        for step in range(len(self._modules)):
+            if step in self._whole:
+                self._steps.own[step] = self._whole[step]
+            self._define(step)
+
+        self._orders: dict[int, Order] = {}  # by entry point
+        self._followed: Order | None = None
+        self._follow(Order(tuple((i, ()) for i, each in enumerate(own) if each)))
+        self._planned_for: list[Order] = []
+        self._previous: Order | None = None  # followed by the pass before
+        self._repeats = 0
+        self._phase = _Phase.PLANNED
+        self.tracing = False
+        self._in_pass = False
+        self._error_before: BaseException | None = None
+        self._calls: list[_Call] = []
+        self._called: list[Place] = []
+        self._observer: ReadObserver | None = None
+        self._observed: list[_Call] = []
+        self._saving: AbstractContextManager[Any] | None = None
+        self._loaded_before = 0
+        self._handles: list[Any] = []
+        self._free = False  # all in place, nothing to do in steps
+        self._hook(range(len(self._modules)))
+
+    def _whole_subtrees(self, own: list[set[int]]) -> dict[int, frozenset[int]]:
+        ids = {id(module): i for i, module in enumerate(self._modules)}
+        whole: dict[int, frozenset[int]] = {}
+        for i, module in enumerate(self._modules):
+            looked_at: nn.Module | None = module if isinstance(module, _WHOLE) else None
+            if isinstance(module, nn.TransformerEncoder) and len(module.layers) > 0:
+                looked_at = module.layers[0]
+            if looked_at is not None:
+                parts = (own[ids[id(part)]] for part in looked_at.modules())
+                whole[i] = frozenset().union(*parts)
+        return whole
+
+    # ---- what others may ask -------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[str]:
+        """Names of the steps in the order in which they are expected."""
+        assert self._followed is not None
+        return [self._steps.name(step) for step in self._followed.steps]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the plan is final for the order that is followed."""
+        return self._phase is _Phase.SETTLED
+
+    @property
+    def running(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._calls)
+
+    def schedule(self) -> list[tuple[str, list[str], list[int]]]:
+        """List the steps to come: name, names of the tensors read, pages in use."""
+        assert self._followed is not None
+        names = [placement.slot.names[0] for placement, _ in self._binding.placed()]
+        return [
+            (self._steps.name(step), sorted(names[i] for i in self._steps.tensors(step)), pages)
+            for (step, _), pages in zip(
+                self._followed.places, self._pages_in_use(self._followed), strict=True
+            )
+        ]
+
+    def plan(self) -> None:
+        """Plan anew for the order that is followed, before the next pass.
+
+        Raises
+        ------
+        CapExceededError
+            If a step cannot run in what the model may use.
+        ScheduleError
+            If a call is under way.
+        """
+        assert self._followed is not None
+        self.attach()
+        orders = self._planned_for or [self._followed]
+        self._plan_for(orders)
+        if not self._orders:
+            self._planned_for = []  # as nothing has run, it is a guess
+
+    def prefetch(self) -> None:
+        """Load from the beginning of the order on, as far as there is room."""
+        self._streamer.prefetch()
+
+    def unwind(self) -> None:
+        """End calls that an interrupt left open."""
+        while self._calls:
+            self._leave(self._calls[-1].module)
+
+    def attach(self) -> None:
+        """Go back to running step by step, if the model ran freely."""
+        if not self._free:
+            return
+        if self._calls:
+            raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
+        self._guard.close(self._entries)
+        self._memory.region.core.end(self._memory.all_pages, self._stream())
+        self._free = False
+        self._hook(range(len(self._modules)))
+
+    def detach(self) -> None:
+        """Take the hooks and guards off the module, for good."""
+        self.unwind()
+        self.attach()
+        self._hook(())
+        self._guard.remove()
+
+    # ---- access, for the guard -----------------------------------------------------------------
+
+    def begin_read(self, entries: Sequence[Entry]) -> object:
+        """Make the pages of tensors ready that are read outside of steps."""
+        pages = sorted({page for entry in entries for page in entry.pages})
+        if not self._calls or not self._in_pass or self._observer is not None:
+            self._streamer.begin_pages(pages, self._stream())
+            return pages
+        # Inside a pass it is a step of its own from now on, so that it is expected next time.
+        call = self._calls[-1]
+        step = self._read_step({self._index[id(entry)] for entry in entries})
+        self._begin_step(call, step)
+        call.begun.remove(step)
+        return step
+
+    def end_read(self, begun: object) -> None:
+        """Let go of them."""
+        if isinstance(begun, int):
+            self._streamer.end(begun, self._stream())
+        else:
+            assert isinstance(begun, list)
+            self._streamer.end_pages(begun, self._stream())
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """Keep pages in place."""
+        self._streamer.begin_pages(pages, self._stream())
+
+    def let_go(self, pages: Sequence[int]) -> None:
+        """Take one `hold` back."""
+        self._streamer.end_pages(pages, self._stream())
+
+    def write_back(self, offset: int, nbytes: int) -> None:
+        """Keep what was written to a tensor in use."""
+        self._memory.write_back(offset, nbytes, self._stream())
+
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return bytes as they are kept on the host."""
+        return self._memory.host_copy(offset, nbytes)
+
+    # ---- hooks ---------------------------------------------------------------------------------
+
+    def _hook(self, modules: Sequence[int]) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            handle
+            for i in modules
+            for handle in (
+                self._modules[i].register_forward_pre_hook(_Hook(self._enter, i), prepend=True),
+                self._modules[i].register_forward_hook(_Hook(self._leave, i), always_call=True),
+            )
+        ]
+
+    def _enter(self, index: int) -> None:
+        calls = self._calls
+        call = _Call(index, calls[-1] if calls else None)
+        calls.append(call)  # before what can fail: the other hook pops it in any case
+        if self._free:
+            return
+        if call.parent is None:
+            self._begin_pass(index)
+        if self._observer is not None:
+            self._observed.append(call)
+        elif self._step_entries[index]:
+            self._begin_step(call, index)
+            call.entries = self._step_entries[index]
+            self._guard.open(call.entries)
+
+    def _leave(self, index: int) -> None:
+        calls = self._calls
+        if not calls or calls[-1].module != index:
+            return  # unwound meanwhile
+        call = calls[-1]
+        if self._free:
+            calls.pop()
+            return
+        try:
+            if self._observer is not None:
+                self._guard.settle(self._entries[i] for i in call.read)
+            else:
+                self._guard.close(call.entries)
+        finally:
+            calls.pop()
+            try:
+                self._end_steps(call)
+            finally:
+                if not calls:
+                    self._end_pass(index)
+
+    def _begin_step(self, call: _Call, step: int) -> None:
+        self._called.append((step, (*call.outer, *call.begun)))
+        try:
+            self._streamer.begin(step, self._stream())
+        except CapExceededError as error:
+            tensors = self._steps.tensors(step)
+            size = len({page for i in tensors for page in self._entries[i].pages})
+            raise CapExceededError(
+                f"model {self._name!r}: step {self._steps.name(call.module)!r} reads "
+                f"{format_bytes(size * self._memory.pager.page_size)} at once. {error}",
+                requested=error.requested,
+                cap=error.cap,
+                used=error.used,
+            ) from None
+        call.begun.append(step)
+
+    def _end_steps(self, call: _Call) -> None:
+        error: Exception | None = None
+        for step in reversed(call.begun):
+            try:
+                self._streamer.end(step, self._stream())
+            except Exception as caught:
+                error = caught
+        if error is not None:
+            raise error
+
+    # ---- passes --------------------------------------------------------------------------------
+
+    def _begin_pass(self, entry: int) -> None:
+        self._binding.warn_if_moved()
+        if not self.capturing and self._memory.pager.capturing():
+            raise ScheduleError(
+                f"model {self._name!r} streams, so a graph of it is captured by "
+                "MemoryManager.capture, which has its copies captured too"
+            )
+        self._guard.release_kept()
+        self._called = []
+        self._observed = []
+        order = self._orders.get(entry)
+        if order is not None and order is not self._followed:
+            self._follow(order)
+        self._error_before = sys.exc_info()[1]
+        self._streamer.begin_pass(self._stream())
+        self._in_pass = True
+        self._loaded_before = self._streamer.stats().loaded_bytes
+        if not self._memory.keeps_addresses_valid:
+            self._saving = self._guard.saving()
+            self._saving.__enter__()
+        if order is None:
+            self._guard.open(self._entries)
+            self._observer = ReadObserver(self._by_address, self._read)
+            self._observer.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end_pass(self, entry: int) -> None:
+        if not self._in_pass:
+            return  # it failed to begin
+        self._in_pass = False
+        failed = sys.exc_info()[1] is not self._error_before
+        observed = self._observer is not None
+        if self._observer is not None:
+            self._observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._observer = None
+            self._guard.close(self._entries)
+        if self._saving is not None:
+            self._saving.__exit__(None, None, None)
+            self._saving = None
+        if not failed:
+            if observed:
+                self._learn()
+            known = self._orders.get(entry)
+            steady = observed or (known is not None and known.places == tuple(self._called))
+            if known is None or not steady:
+                self._orders[entry] = Order(tuple(self._called))
+                self._follow(self._orders[entry])
+        self._streamer.end_pass(self._stream())
+        if not failed and not self.capturing:
+            self._improve(steady)
+
+    def _improve(self, steady: bool) -> None:
+        """Plan for the order that is followed, then by times, then run freely if all is in place."""
+        order = self._followed
+        assert order is not None
+        self._repeats = self._repeats + 1 if self._previous is order else 0
+        previous, self._previous = self._previous, order
+        if steady and order not in self._planned_for:
+            together = [order] if previous in (None, order) else [previous, order]
+            self._plan_for([each for each in together if each is not None])
+        elif len(self._planned_for) > 1 and self._repeats >= _REPEATS:
+            self._plan_for([order])
+        elif self._planned_for == [order]:
+            self._improve_by_times(order)
+        if self._memory.fits() and self._streamer.stats().loaded_bytes == self._loaded_before:
+            self._run_freely()
+
+    def _plan_for(self, orders: list[Order]) -> None:
+        pages = [used for order in orders for used in self._pages_in_use(order)]
+        self._memory.arrange(pages, ())
+        self._planned_for = orders
+        self._phase = _Phase.PLANNED
+
+    def _improve_by_times(self, order: Order) -> None:
+        if self._phase is _Phase.PLANNED:
+            self._streamer.set_trace(True)
+            self._phase = _Phase.TRACING
+        elif self._phase is _Phase.TRACING:
+            self._streamer.set_trace(self.tracing)
+            self._phase = _Phase.TRACED
+        elif self._phase is _Phase.TRACED:
+            seconds = self._streamer.step_seconds()
+            if seconds:
+                seconds += [0.0] * (len(order.places) - len(seconds))
+                self._memory.arrange(self._pages_in_use(order), seconds[: len(order.places)])
+                self._phase = _Phase.SETTLED
+
+    def _run_freely(self) -> None:
+        core = self._memory.region.core
+        pages = self._memory.all_pages
+        if not core.settled(pages):
+            return
+        core.begin(pages, self._stream())
+        self._guard.open(self._entries)
+        self._streamer.set_trace(self.tracing)
+        self._free = True
+        self._hook([0, *(entry for entry in self._orders if entry != 0)])
+
+    # ---- learning ------------------------------------------------------------------------------
+
+    def _read(self, read: set[int]) -> None:
+        """Note what an operation of an observed pass is about to read, and make it ready."""
+        call = self._calls[-1]
+        call.read |= read
+        held = {i for each in self._calls for step in each.begun for i in self._steps.tensors(step)}
+        missing = read - held
+        if not missing:
+            return
+        if not call.begun and missing <= self._steps.tensors(call.module):
+            self._begin_step(call, call.module)
+        else:
+            self._begin_step(call, self._read_step(missing))
+
+    def _learn(self) -> None:
+        """Say what each module's step is from now on, and the order that follows from that."""
+        observed, self._observed = self._observed, []
+        for call in observed:
+            whole = self._whole.get(call.module, frozenset())
+            if self._steps.learn(call.module, call.read | whole):
+                self._define(call.module)
+        self._called = []
+        for call in observed:
+            outer: list[int] = []
+            around = call.parent
+            while around is not None:
+                if self._steps.tensors(around.module):
+                    outer.insert(0, around.module)
+                around = around.parent
+            stable = self._steps.tensors(call.module)
+            if stable:
+                self._called.append((call.module, tuple(outer)))
+                outer.append(call.module)
+            if rest := call.read - stable:
+                self._called.append((self._read_step(rest), tuple(outer)))
+
+    def _read_step(self, tensors: set[int]) -> int:
+        step, new = self._steps.read_step(tensors)
+        if new:
+            self._define(step)
+        return step
+
+    def _define(self, step: int) -> None:
+        tensors = sorted(self._steps.tensors(step))
+        pages = {page for i in tensors for page in self._entries[i].pages}
+        self._streamer.define(step, sorted(pages))
+        if step < len(self._modules):
+            self._step_entries[step] = [self._entries[i] for i in tensors]
+
+    def _follow(self, order: Order) -> None:
+        self._followed = order
+        self._streamer.follow(order.steps, self._pages_in_use(order))
+
+    def _pages_in_use(self, order: Order) -> list[list[int]]:
+        """List, for each place of an order, the pages of its step and of those around it."""
+        found: dict[Place, list[int]] = {}
+        for place in order.places:
+            if place in found:
+                continue
+            step, outer = place
+            tensors = {i for each in (step, *outer) for i in self._steps.tensors(each)}
+            found[place] = sorted({page for i in tensors for page in self._entries[i].pages})
+        return [found[place] for place in order.places]
+

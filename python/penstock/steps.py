@@ -1,0 +1,85 @@
+"""What is known of a model's execution: the steps, what each reads, and the order of each pass.
+
+A step is the call of one module with the tensors that it reads itself; it has the module's index as
+its id. What a module reads of a tensor now and then, or only on some paths, is a step of its own,
+whose id is given when it is seen first.
+
+A pass is the call of an entry point: the outermost module that is called. Each entry point has an
+order of its own, that of its last pass, since an encoder and a decoder, or a prefill and a decode,
+may be called by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["Order", "Place", "Steps"]
+
+Place = tuple[int, tuple[int, ...]]
+"""A step, and the steps around it that have not ended when it begins."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The steps of one pass."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def steps(self) -> list[int]:
+        """The ids of the steps."""
+        return [step for step, _ in self.places]
+
+
+@dataclass
+class Steps:
+    """The steps of one model.
+
+    Parameters
+    ----------
+    modules
+        Names of the modules; a step below their number is the call of that module.
+    own
+        For each module, the indices of the tensors that it holds itself.
+    """
+
+    modules: Sequence[str]
+    own: list[frozenset[int]]
+    _learned: dict[int, frozenset[int]] = field(default_factory=dict)
+    _reads: dict[frozenset[int], int] = field(default_factory=dict)
+    _read_tensors: list[frozenset[int]] = field(default_factory=list)
+
+    def tensors(self, step: int) -> frozenset[int]:
+        """Return the tensors that a step reads."""
+        if step >= len(self.modules):
+            return self._read_tensors[step - len(self.modules)]
+        return self._learned.get(step, self.own[step])
+
+    def learn(self, module: int, read: Iterable[int]) -> bool:
+        """Note what one call of a module read; return whether that changes its step.
+
+        A step has what every observed call read. The rest is read in steps of its own.
+        """
+        before = self.tensors(module)
+        known = self._learned.get(module)
+        seen = frozenset(read)
+        self._learned[module] = seen if known is None else known & seen
+        return self._learned[module] != before
+
+    def read_step(self, tensors: Iterable[int]) -> tuple[int, bool]:
+        """Return the step that reads just these tensors, and whether it is new."""
+        key = frozenset(tensors)
+        step = self._reads.get(key)
+        if step is not None:
+            return step, False
+        step = len(self.modules) + len(self._read_tensors)
+        self._reads[key] = step
+        self._read_tensors.append(key)
+        return step, True
+
+    def name(self, step: int) -> str:
+        """Name a step for people."""
+        if step < len(self.modules):
+            return self.modules[step] or "the model itself"
+        return f"read {step - len(self.modules)}"
