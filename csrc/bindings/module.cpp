@@ -1,12 +1,13 @@
 #include "bindings/bindings.hpp"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "The compiled core of Penstock: devices, budget, page table, pager, loader.";
+  module.doc() = "The compiled core of Penstock: devices, budget, page table, planner, pager, loader.";
   module.attr("__version__") = PENSTOCK_VERSION;
   penstock::bind_errors(module);
   penstock::bind_device(module);
   penstock::bind_budget(module);
   penstock::bind_page_table(module);
+  penstock::bind_planner(module);
   penstock::bind_loader(module);
   penstock::bind_pager(module);
   penstock::bind_frames(module);

@@ -1,0 +1,282 @@
+#include "planner/planner.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "error/error.hpp"
+#include "error/format.hpp"
+#include "planner/reads.hpp"
+#include "planner/resident_set.hpp"
+#include "planner/ring.hpp"
+#include "planner/simulation.hpp"
+
+namespace penstock {
+
+namespace {
+
+// Frames of the ring beyond those of the largest step: one page in flight and one waiting, for
+// what the model leaves out; more where the steps' times are unknown.
+constexpr std::size_t kRoom = 2;
+constexpr std::size_t kRoomInDoubt = 4;
+constexpr std::size_t kRingBytesInDoubt = std::size_t{64} << 20;
+
+constexpr double kAsGood = 1.001;    // times that are as good as the best one
+constexpr double kRoomPrice = 1.05;  // what such room may cost
+constexpr int kMostRepairs = 8;
+
+// A plan on trial.
+struct Draft {
+  Plan plan;
+  std::size_t room = 0;  // frames of the ring beyond the largest step's streamed pages
+  std::size_t collisions = 0;
+};
+
+class Planner {
+ public:
+  explicit Planner(const PlanRequest& request) : request_(request), reads_(request) {}
+
+  Plan run() {
+    check_cap();
+    if (reads_.page_count() <= request_.frames) return finish(all_resident()).plan;
+    if (reads_.step_count() == 0) return finish(first_resident()).plan;
+    if (to_stream() == 0) return finish(all_read_resident()).plan;
+    return best(drafts()).plan;
+  }
+
+ private:
+  struct Choice {
+    std::vector<bool> resident;
+    std::vector<SlotIndex> slot;
+    std::size_t ring = 0;
+  };
+
+  void check_cap() const {
+    const std::size_t least = reads_.least_frames();
+    if (least <= request_.frames) return;
+    const std::size_t needed = least * request_.page_size;
+    const std::size_t there = request_.frames * request_.page_size;
+    throw CapExceededError("the largest step reads " + std::to_string(reads_.largest_step) +
+                               " pages beside " + std::to_string(reads_.kept_count) +
+                               " that have to stay: it needs " + std::to_string(least) +
+                               " frames, " + format_bytes(needed) + ", and there are " +
+                               std::to_string(request_.frames) + ", " + format_bytes(there) +
+                               "; raise the cap by " + format_bytes(needed - there) + " at least",
+                           needed, there, 0);
+  }
+
+  std::size_t doubtful_ring() const {
+    const std::size_t pages = (kRingBytesInDoubt + request_.page_size - 1) / request_.page_size;
+    return std::min(std::max(pages, kRoomInDoubt), std::max<std::size_t>(spare() / 2, 1));
+  }
+
+  // Frames beside those of pages that have to stay.
+  std::size_t spare() const { return request_.frames - reads_.kept_count; }
+
+  // Pages that are read and find no frame of their own, if all frames but one are given to them.
+  std::size_t to_stream() const {
+    const auto& kept = reads_.kept;
+    const auto moving = static_cast<std::size_t>(std::count_if(
+        reads_.order.begin(), reads_.order.end(), [&](PageIndex page) { return !kept[page]; }));
+    return moving + 1 - std::min(moving + 1, spare());
+  }
+
+  Choice all_resident() const { return {std::vector<bool>(reads_.page_count(), true), {}, 0}; }
+
+  Choice first_resident() const {
+    const std::size_t ring = doubtful_ring();
+    Choice choice{reads_.kept, std::vector<SlotIndex>(reads_.page_count(), kResident), ring};
+    std::size_t left = spare() - ring;
+    for (std::size_t page = 0; page < reads_.page_count() && left > 0; ++page) {
+      if (choice.resident[page]) continue;
+      choice.resident[page] = true;
+      --left;
+    }
+    return choice;
+  }
+
+  Choice all_read_resident() const {
+    Choice choice{reads_.kept, std::vector<SlotIndex>(reads_.page_count(), kResident), 0};
+    for (const PageIndex page : reads_.order) choice.resident[page] = true;
+    choice.ring = request_.frames - static_cast<std::size_t>(std::count(
+                                        choice.resident.begin(), choice.resident.end(), true));
+    return choice;
+  }
+
+  std::vector<std::size_t> ring_sizes() const;
+  std::vector<Draft> drafts() const;
+  std::optional<Draft> draft(const ResidentQuery& query) const;
+  Draft finish(Choice choice) const;
+  std::size_t collisions_of(const Plan& plan) const;
+  const Draft& best(const std::vector<Draft>& drafts) const;
+
+  const PlanRequest& request_;
+  const Reads reads_;
+};
+
+Draft Planner::finish(Choice choice) const {
+  Draft draft;
+  Plan& plan = draft.plan;
+  plan.ring = choice.ring;
+  plan.slot = std::move(choice.slot);
+  plan.slot.resize(reads_.page_count(), kResident);
+  SlotIndex turn = 0;
+  for (std::size_t i = 0; i < reads_.page_count(); ++i) {
+    if (choice.resident[i]) {
+      plan.resident.push_back(static_cast<PageIndex>(i));
+    } else if (plan.slot[i] == kResident) {  // read by no step
+      plan.slot[i] = turn++ % static_cast<SlotIndex>(plan.ring);
+    }
+  }
+  plan.loads = steady_loads(reads_, plan.slot, plan.ring);
+  plan.bytes_per_pass = plan.loads.size() * request_.page_size;
+  plan.seconds = pass_seconds(reads_, request_, plan);
+  std::size_t largest = 0;
+  for (const auto& pages : reads_.pages_of) {
+    const auto streamed = static_cast<std::size_t>(std::count_if(
+        pages.begin(), pages.end(), [&](PageIndex page) { return !choice.resident[page]; }));
+    largest = std::max(largest, streamed);
+  }
+  draft.room = plan.ring - std::min(plan.ring, largest);
+  draft.collisions = collisions_of(plan);
+  return draft;
+}
+
+// Reads of a page whose frame another page of the same step has taken.
+std::size_t Planner::collisions_of(const Plan& plan) const {
+  std::size_t collisions = 0;
+  std::vector<std::size_t> last_step(plan.ring, 0);  // that used the slot, counted from 1
+  for (std::size_t step = 0; step < reads_.step_count(); ++step) {
+    for (const PageIndex page : reads_.pages_of[step]) {
+      if (plan.slot[page] == kResident) continue;
+      std::size_t& last = last_step[plan.slot[page]];
+      if (last == step + 1) ++collisions;
+      last = step + 1;
+    }
+  }
+  return collisions;
+}
+
+std::optional<Draft> Planner::draft(const ResidentQuery& query) const {
+  std::vector<bool> forced = reads_.kept;
+  std::size_t forced_count = reads_.kept_count;
+  for (int repair = 0;; ++repair) {
+    auto resident = choose_resident(reads_, forced, query);
+    if (!resident) return std::nullopt;
+    Ring ring = assign_ring(reads_, *resident, query.ring);
+    const bool last = repair == kMostRepairs || forced_count + ring.colliding.size() > query.count;
+    if (ring.colliding.empty() || last) {
+      drop_idle_frames(reads_, ring, *resident);
+      return finish({std::move(*resident), std::move(ring.slot), ring.size});
+    }
+    for (const PageIndex page : ring.colliding) forced[page] = true;
+    forced_count += ring.colliding.size();
+  }
+}
+
+// Each size up to a few above the smallest and above the largest step, then ever fewer; a ring of
+// more frames than there are pages too many would leave some without a second page.
+std::vector<std::size_t> Planner::ring_sizes() const {
+  constexpr std::size_t kEach = 16;
+  auto feasible = [&](std::size_t ring) {
+    ResidentQuery query{request_.frames - ring, ring, ring, {}};
+    return choose_resident(reads_, reads_.kept, query).has_value();
+  };
+  const std::size_t step = std::max<std::size_t>(reads_.largest_step, 1);
+  std::size_t least = 1;
+  for (std::size_t high = step; least < high;) {
+    const std::size_t middle = least + (high - least) / 2;
+    if (feasible(middle)) {
+      high = middle;
+    } else {
+      least = middle + 1;
+    }
+  }
+  const std::size_t most = std::min(spare(), std::max(to_stream(), step + kRoomInDoubt));
+  std::vector<std::size_t> sizes;
+  for (std::size_t size = least; size < most;) {
+    sizes.push_back(size);
+    const bool each = size < least + kEach || (size >= step && size < step + kRoomInDoubt);
+    std::size_t next = each ? size + 1 : size + 1 + size / 8;
+    if (size < step && next > step) next = step;
+    size = next;
+  }
+  sizes.push_back(most);
+  sizes.push_back(doubtful_ring());
+  sizes.push_back(spare());
+  std::sort(sizes.begin(), sizes.end());
+  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+  return sizes;
+}
+
+std::vector<Draft> Planner::drafts() const {
+  const bool timed = !request_.step_seconds.empty();
+  const bool some_time = std::any_of(request_.step_seconds.begin(), request_.step_seconds.end(),
+                                     [](double seconds) { return seconds > 0; });
+  const std::size_t wanted = timed ? kRoom : kRoomInDoubt;
+  std::vector<Draft> drafts;
+  auto add = [&](const ResidentQuery& query) {
+    auto made = draft(query);
+    if (made) drafts.push_back(std::move(*made));
+    return made.has_value();
+  };
+  for (const std::size_t ring : ring_sizes()) {
+    ResidentQuery query{request_.frames - ring, ring, ring - std::min(ring, wanted), {}};
+    if (query.largest_step == 0 || !add(query)) {
+      query.largest_step = ring;
+      add(query);
+    }
+    query.step_seconds = request_.step_seconds;
+    if (some_time) add(query);
+  }
+  return drafts;
+}
+
+const Draft& Planner::best(const std::vector<Draft>& drafts) const {
+  std::vector<const Draft*> left;
+  const auto fewest =
+      std::min_element(drafts.begin(), drafts.end(),
+                       [](const Draft& a, const Draft& b) { return a.collisions < b.collisions; });
+  for (const Draft& draft : drafts) {
+    if (draft.collisions == fewest->collisions) left.push_back(&draft);
+  }
+  auto quickest = [&] {
+    double seconds = left.front()->plan.seconds;
+    for (const Draft* draft : left) seconds = std::min(seconds, draft->plan.seconds);
+    return seconds;
+  };
+  auto narrow = [&](auto good) {
+    std::vector<const Draft*> good_ones;
+    std::copy_if(left.begin(), left.end(), std::back_inserter(good_ones), good);
+    if (!good_ones.empty()) left = std::move(good_ones);
+  };
+  if (request_.step_seconds.empty()) {
+    narrow([&](const Draft* draft) { return draft->room >= kRoomInDoubt; });
+    narrow([&](const Draft* draft) { return draft->plan.ring >= doubtful_ring(); });
+  }
+  const double limit = quickest() * kRoomPrice;
+  narrow([&](const Draft* draft) { return draft->room >= kRoom && draft->plan.seconds <= limit; });
+  const double as_good = quickest() * kAsGood;
+  narrow([&](const Draft* draft) { return draft->plan.seconds <= as_good; });
+  return **std::min_element(left.begin(), left.end(), [](const Draft* a, const Draft* b) {
+    if (a->plan.ring != b->plan.ring) return a->plan.ring < b->plan.ring;
+    return a->plan.seconds < b->plan.seconds;
+  });
+}
+
+}  // namespace
+
+std::size_t least_frames(const PlanRequest& request) {
+  return Reads(request).least_frames();
+}
+
+Plan make_plan(const PlanRequest& request) {
+  return Planner(request).run();
+}
+
+double predict_seconds(const PlanRequest& request, const Plan& plan) {
+  return pass_seconds(Reads(request), request, plan);
+}
+
+}  // namespace penstock

@@ -1,0 +1,178 @@
+#include "planner/resident_set.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+namespace penstock {
+
+namespace {
+
+class Chooser {
+ public:
+  Chooser(const Reads& reads, const std::vector<bool>& forced, const ResidentQuery& query)
+      : reads_(reads), query_(query), resident_(forced) {
+    const auto taken = static_cast<std::size_t>(std::count(forced.begin(), forced.end(), true));
+    left_ = query.count - std::min(taken, query.count);
+    count_loads();
+  }
+
+  bool make_steps_fit();
+  void take_repeated() { take_by_loads(streamed(), 2); }
+  void take_spread_by_time();
+  void take_spread_by_pages() { take_by_loads(streamed(), 1); }
+
+  const std::vector<bool>& resident() const noexcept { return resident_; }
+
+ private:
+  void count_loads();
+  void take(const std::vector<PageIndex>& pages);
+  void take_by_loads(const std::vector<PageIndex>& pages, std::size_t least_loads);
+  std::vector<PageIndex> streamed() const;
+  std::vector<std::size_t> share_by_time(const std::vector<std::size_t>& most,
+                                         std::size_t count) const;
+
+  const Reads& reads_;
+  const ResidentQuery& query_;
+  std::vector<bool> resident_;
+  std::vector<std::size_t> loads_;  // by page: about how often a pass would load it, if streamed
+  std::size_t left_ = 0;            // pages that may still be taken
+};
+
+// A page is loaded anew after a gap in which the whole ring is filled with others. Of the pages
+// that are read in the gap, only some stream; how many is known only afterwards, so the share of
+// the whole pass stands for it.
+void Chooser::count_loads() {
+  loads_.assign(reads_.page_count(), 0);
+  const auto all = static_cast<double>(reads_.order.size());
+  const double share = std::max(0.0, all - static_cast<double>(query_.count)) / std::max(all, 1.0);
+  for (const PageIndex page : reads_.order) {
+    const auto& steps = reads_.steps_of[page];
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      const bool wraps = i + 1 == steps.size();
+      const StepIndex next = wraps ? steps.front() : steps[i + 1];
+      const std::size_t gap = reads_.reads_before[next] - reads_.reads_before[steps[i]] +
+                              (wraps ? reads_.read_count() : 0) - 1;
+      if (share * static_cast<double>(gap) >= static_cast<double>(query_.ring)) ++loads_[page];
+    }
+    loads_[page] = std::max<std::size_t>(loads_[page], 1);
+  }
+}
+
+std::vector<PageIndex> Chooser::streamed() const {
+  std::vector<PageIndex> pages;
+  std::copy_if(reads_.order.begin(), reads_.order.end(), std::back_inserter(pages),
+               [&](PageIndex page) { return !resident_[page]; });
+  return pages;
+}
+
+void Chooser::take(const std::vector<PageIndex>& pages) {
+  for (const PageIndex page : pages) resident_[page] = true;
+  left_ -= pages.size();
+}
+
+// Those with the most loads first; of those that do not all fit, some at even distances.
+void Chooser::take_by_loads(const std::vector<PageIndex>& pages, std::size_t least_loads) {
+  std::vector<std::size_t> levels;
+  for (const PageIndex page : pages) levels.push_back(loads_[page]);
+  std::sort(levels.rbegin(), levels.rend());
+  levels.erase(std::unique(levels.begin(), levels.end()), levels.end());
+  for (const std::size_t level : levels) {
+    if (left_ == 0 || level < least_loads) return;
+    std::vector<PageIndex> equal;
+    std::copy_if(pages.begin(), pages.end(), std::back_inserter(equal),
+                 [&](PageIndex page) { return loads_[page] == level; });
+    take(spread(equal, std::min(left_, equal.size())));
+  }
+}
+
+bool Chooser::make_steps_fit() {
+  std::vector<StepIndex> steps(reads_.step_count());
+  std::iota(steps.begin(), steps.end(), StepIndex{0});
+  std::stable_sort(steps.begin(), steps.end(), [&](StepIndex a, StepIndex b) {
+    return reads_.pages_of[a].size() > reads_.pages_of[b].size();
+  });
+  for (const StepIndex step : steps) {
+    std::vector<PageIndex> pages;
+    for (const PageIndex page : reads_.pages_of[step]) {
+      if (!resident_[page]) pages.push_back(page);
+    }
+    if (pages.size() <= query_.largest_step) continue;
+    const std::size_t excess = pages.size() - query_.largest_step;
+    if (excess > left_) return false;
+    const std::size_t rest = left_ - excess;
+    left_ = excess;
+    take_by_loads(pages, 1);
+    left_ = rest;
+  }
+  return true;
+}
+
+// How many pages each step may stream, `count` in all, so that at every place of the pass what has
+// streamed keeps in proportion to the time that has passed.
+std::vector<std::size_t> Chooser::share_by_time(const std::vector<std::size_t>& most,
+                                                std::size_t count) const {
+  const double total = std::accumulate(query_.step_seconds.begin(), query_.step_seconds.end(), 0.0);
+  std::vector<std::size_t> shares(most.size(), 0);
+  std::size_t left = count;
+  double due = 0;
+  // What steps with few pages leave over goes to the steps after them, through the pass's end.
+  for (int lap = 0; lap < 2; ++lap) {
+    for (std::size_t step = 0; step < most.size(); ++step) {
+      constexpr double kRounding = 1e-6;
+      if (lap == 0) due += static_cast<double>(count) * query_.step_seconds[step] / total;
+      const std::size_t room = std::min(most[step] - shares[step], left);
+      const std::size_t share = std::min(room, static_cast<std::size_t>(due + kRounding));
+      shares[step] += share;
+      left -= share;
+      due -= static_cast<double>(share);
+    }
+  }
+  for (std::size_t step = 0; step < most.size() && left > 0; ++step) {
+    const std::size_t share = std::min(most[step] - shares[step], left);
+    shares[step] += share;
+    left -= share;
+  }
+  return shares;
+}
+
+void Chooser::take_spread_by_time() {
+  std::vector<std::vector<PageIndex>> pages(reads_.step_count());
+  std::size_t count = 0;
+  for (const PageIndex page : streamed()) {
+    pages[reads_.steps_of[page].front()].push_back(page);
+    ++count;
+  }
+  std::vector<std::size_t> most;
+  for (const auto& each : pages) most.push_back(each.size());
+  const auto shares = share_by_time(most, count - std::min(left_, count));
+  for (std::size_t step = 0; step < pages.size(); ++step) {
+    take(spread(pages[step], most[step] - shares[step]));
+  }
+}
+
+}  // namespace
+
+std::vector<PageIndex> spread(const std::vector<PageIndex>& pages, std::size_t count) {
+  std::vector<PageIndex> chosen;
+  chosen.reserve(count);
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    if ((i + 1) * count / pages.size() > i * count / pages.size()) chosen.push_back(pages[i]);
+  }
+  return chosen;
+}
+
+std::optional<std::vector<bool>> choose_resident(const Reads& reads,
+                                                 const std::vector<bool>& forced,
+                                                 const ResidentQuery& query) {
+  Chooser chooser(reads, forced, query);
+  if (!chooser.make_steps_fit()) return std::nullopt;
+  chooser.take_repeated();
+  if (query.step_seconds.empty()) {
+    chooser.take_spread_by_pages();
+  } else {
+    chooser.take_spread_by_time();
+  }
+  return chooser.resident();
+}
+
+}  // namespace penstock
