@@ -9,6 +9,8 @@
 // time. Waits end in an error if the reading behind them failed.
 #pragma once
 
+#include <sys/types.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -83,11 +85,27 @@ class HostTier {
   virtual HostTierStats stats() const = 0;
 
  protected:
-  HostTier(std::size_t nbytes, std::size_t page_size) : nbytes_(nbytes), page_size_(page_size) {}
+  /// @throws std::invalid_argument for a page size that is no multiple of the system's.
+  HostTier(std::size_t nbytes, std::size_t page_size);
+
+  /// @throws std::out_of_range where [offset, offset + nbytes) leaves the tier.
+  void check_range(std::size_t offset, std::size_t nbytes) const;
+  /// @throws std::out_of_range for a page that does not exist.
+  void check_page(PageIndex page) const;
+  std::size_t bytes_of(PageIndex page) const;  ///< The last page can be shorter.
+
+  /// Threads do not survive a fork: a child must neither wait for them nor join them.
+  bool in_owner_process() const noexcept;
+  /// @throws Error in a forked child.
+  void require_owner_process() const;
 
  private:
   std::size_t nbytes_;
   std::size_t page_size_;
+  pid_t owner_;
 };
+
+/// Readers that a tier has unless told: enough to saturate the page cache and any disk.
+std::size_t default_readers() noexcept;
 
 }  // namespace penstock
