@@ -30,6 +30,7 @@ void bind_device(pybind11::module_& module);
 void bind_budget(pybind11::module_& module);
 void bind_page_table(pybind11::module_& module);
 void bind_planner(pybind11::module_& module);
+void bind_host_tier(pybind11::module_& module);
 void bind_pager(pybind11::module_& module);
 void bind_frames(pybind11::module_& module);
 void bind_streamer(pybind11::module_& module);

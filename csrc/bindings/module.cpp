@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, module) {
   penstock::bind_page_table(module);
   penstock::bind_planner(module);
   penstock::bind_loader(module);
+  penstock::bind_host_tier(module);
   penstock::bind_pager(module);
   penstock::bind_frames(module);
   penstock::bind_streamer(module);

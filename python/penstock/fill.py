@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from penstock import _core
@@ -14,7 +16,7 @@ from penstock.errors import CheckpointError
 from penstock.layout import Placement
 from penstock.pager import Region
 
-__all__ = ["Progress", "fill"]
+__all__ = ["Progress", "direct_extents", "fill", "wait", "write_rest"]
 
 Progress = Callable[[int, int], None]
 """Called now and then with the bytes in place and the bytes in all."""
@@ -26,7 +28,7 @@ Extent = tuple[int, int, int, int]
 
 
 def fill(region: Region, placements: list[Placement], progress: Progress | None = None) -> None:
-    """Read all tensors into a region, making none of it resident.
+    """Read all tensors into a region of managed memory, making none of it resident.
 
     Extents of files are read in parallel, straight into the region. Tensors that are converted, or
     come from memory, go through a buffer of 16 MiB; those in another order of elements, through
@@ -42,41 +44,49 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
     CheckpointError
         If a file cannot be read; nothing of the region can be relied on then.
     """
-    direct = [p for p in placements if _is_direct(p)]
-    rest = [p for p in placements if not _is_direct(p)]
-    before = sum(p.nbytes for p in direct)
-    total = before + sum(p.nbytes for p in rest)
+    core = region.core
+    assert isinstance(core, _core.ManagedRegion)
+    total = sum(placement.nbytes for placement in placements)
     told = progress or (lambda done, total: None)
     told(0, total)
-    for done in _read_files(region, direct):
-        told(done, total)
-    for done in _write_chunks(region, rest):
+    paths, extents = direct_extents(placements)
+    before = 0
+    if extents:
+        job = _core.FillJob(core, paths, extents, min(8, os.cpu_count() or 1))
+        before = job.total_bytes
+        for done in wait(job):
+            told(done, total)
+    for done in write_rest(core.write, placements):
         told(before + done, total)
 
 
-def _is_direct(placement: Placement) -> bool:
-    return isinstance(placement.source.where, TensorEntry) and placement.is_verbatim
+class _Job(Protocol):
+    """Reads files in the background."""
+
+    def wait_for(self, limit: timedelta) -> bool: ...
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
 
 
-def _read_files(region: Region, placements: list[Placement]) -> Iterator[int]:
-    paths, extents = _extents(placements)
-    if not extents:
-        return
-    threads = min(8, os.cpu_count() or 1)
-    job = _core.FillJob(region.core, paths, extents, threads)
+def wait(job: _Job) -> Iterator[int]:
+    """Wait until all is read, yielding the bytes in place now and then."""
     while not job.wait_for(_POLL):
         yield job.done_bytes
     yield job.total_bytes
 
 
-def _extents(placements: list[Placement]) -> tuple[list[str], list[Extent]]:
-    """List (file, offset in it, offset in the region, bytes), neighbours joined."""
+def direct_extents(placements: list[Placement]) -> tuple[list[str], list[Extent]]:
+    """List what files have as it is: paths, and (file, offset in it, in the region, bytes).
+
+    Neighbours are joined.
+    """
     files: dict[str, int] = {}
     extents: list[Extent] = []
     for placement in placements:
         entry = placement.source.where
-        assert isinstance(entry, TensorEntry)
-        if entry.nbytes == 0:
+        if not isinstance(entry, TensorEntry) or not placement.is_verbatim or entry.nbytes == 0:
             continue
         file = files.setdefault(str(entry.path), len(files))
         extent = (file, entry.offset, placement.offset, entry.nbytes)
@@ -91,13 +101,24 @@ def _adjoins(a: Extent, b: Extent) -> bool:
     return a[0] == b[0] and a[1] + a[3] == b[1] and a[2] + a[3] == b[2]
 
 
-def _write_chunks(region: Region, placements: list[Placement]) -> Iterator[int]:
+def write_rest(
+    write: Callable[[int, np.ndarray[Any, Any]], None], placements: list[Placement]
+) -> Iterator[int]:
+    """Write what no file has as it is, yielding the bytes in place now and then.
+
+    Parameters
+    ----------
+    write
+        Puts bytes at an offset of the region.
+    """
     done = 0
     for placement in placements:
+        if isinstance(placement.source.where, TensorEntry) and placement.is_verbatim:
+            continue
         at = placement.offset
         for chunk in _reordered(placement) if placement.stride else _chunks(placement):
             values = chunk.to(placement.dtype).contiguous().view(torch.uint8)
-            region.core.write(at, values.numpy())
+            write(at, values.numpy())
             at += values.numel()
             done += values.numel()
             yield done

@@ -14,15 +14,17 @@ from torch import nn
 
 from penstock import _core
 from penstock.binding import Binding
-from penstock.errors import ModelError
+from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
+from penstock.host import HOST_TIERS, open_tier
 from penstock.layout import Placement, lay_out
-from penstock.lookahead import LookAhead
-from penstock.pager import PAGE_SIZE, Pager, Region
+from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
+from penstock.pager import Pager
 from penstock.progress import progress_bar
-from penstock.sizes import format_bytes
+from penstock.runner import Runner
+from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
-from penstock.stats import ManagerStats, ModelStats
+from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.weights import find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
@@ -32,12 +34,13 @@ _log = logging.getLogger("penstock")
 
 @dataclass
 class _Model:
-    """One registered model. Region and look-ahead are None where it has no weights."""
+    """One registered model. Memory and runner are None where it has no weights."""
 
     binding: Binding
-    region: Region | None
-    lookahead: LookAhead | None
+    memory: ModelMemory | None
+    runner: Runner | None
     acquired: int = 0
+    last_use: int = 0
 
 
 class MemoryManager:
@@ -51,9 +54,20 @@ class MemoryManager:
     device
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
-        `"managed"`, or `"auto"`, which takes the same.
+        `"frames"`: weights stream from host memory through frames of device memory, at the rate of
+        the link. `"managed"`: they lie in unified memory. `"auto"`: frames on a GPU, else managed.
+        See `Pager`.
+    host
+        Where weights wait, with frames: `"pinned"` in host memory of their own; `"mapped"` in the
+        page cache, from where they are copied directly; `"stream"` on disk, behind a ring of
+        buffers; `"auto"`: pinned if `host_budget` allows it, else stream.
+    host_budget
+        Bytes of host memory that one model may take, or a text; None for what is free.
     page_size
         Bytes of a page; see `Pager`.
+    verify
+        Whether every load is compared with its source, and pages that were used are overwritten.
+        Slow; for tests.
     progress
         Whether to show progress bars; None for: if standard error is a terminal.
 
@@ -74,11 +88,20 @@ class MemoryManager:
         cap: int | str,
         device: str | torch.device | _core.Device = "auto",
         pager: str = "auto",
-        page_size: int | str = PAGE_SIZE,
+        host: str = "auto",
+        host_budget: int | str | None = None,
+        page_size: int | str | None = None,
+        verify: bool = False,
         progress: bool | None = None,
     ) -> None:
+        if host not in HOST_TIERS:
+            raise ValueError(f"host tier {host!r} is not known; use one of {', '.join(HOST_TIERS)}")
         self._pager = Pager(cap=cap, device=device, kind=pager, page_size=page_size)
+        self._host = host
+        self._host_budget = None if host_budget is None else parse_bytes(host_budget)
+        self._verify = verify
         self._progress = progress
+        self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
 
@@ -139,13 +162,41 @@ class MemoryManager:
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype)
             _announce_conversion(name, placements)
-            region = self._pager.reserve(nbytes, writable=writable) if nbytes else None
-            if region is not None:
-                with progress_bar(f"loading {name}", show=self._progress) as progress:
-                    fill(region, placements, progress)
+            memory = self._memory(name, placements, nbytes, writable) if nbytes else None
+            self._models[name] = self._bind(name, module, placements, memory)
+
+    def _memory(
+        self, name: str, placements: list[Placement], nbytes: int, writable: bool
+    ) -> ModelMemory:
+        with progress_bar(f"loading {name}", show=self._progress) as progress:
+            if self._pager.kind == "managed":
+                region = self._pager.reserve(nbytes, writable=writable)
+                fill(region, placements, progress)
+                return ManagedMemory(self._pager, region)
+            tier = open_tier(
+                self._host,
+                self._pager,
+                nbytes,
+                placements,
+                budget=self._host_budget,
+                progress=progress,
+            )
+            memory = FramesMemory(self._pager, tier)
+            memory.region_core.set_verify(self._verify)
+            return memory
+
+    def _bind(
+        self,
+        name: str,
+        module: nn.Module,
+        placements: list[Placement],
+        memory: ModelMemory | None,
+    ) -> _Model:
+        with torch.inference_mode(False):  # its tensors keep no count of their changes
+            region = memory.region if memory else None
             binding = Binding(module, placements, region, self.device)
-            lookahead = LookAhead(name, binding, self._pager, region) if region else None
-            self._models[name] = _Model(binding, region, lookahead)
+            runner = Runner(name, binding, memory) if memory else None
+        return _Model(binding, memory, runner)
 
     def unregister(self, name: str) -> None:
         """Forget a model. Its memory goes when the last tensor on it does.
@@ -160,8 +211,8 @@ class MemoryManager:
             if model.acquired:
                 raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
             self._evict(model)
-            if model.lookahead is not None:
-                model.lookahead.remove()
+            if model.runner is not None:
+                model.runner.detach()
             del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:
@@ -178,11 +229,56 @@ class MemoryManager:
         with self._lock:
             model = self._find(name)
             model.binding.warn_if_moved()
-            if model.region is not None:
-                self._pager.core.set_active(model.region.core, True)
+            if model.memory is not None and model.runner is not None:
+                self._share(model)
+                model.memory.set_active(True)
+                model.runner.prefetch()
             model.acquired += 1
-            self._prefetch(model)
+            self._uses += 1
+            model.last_use = self._uses
             return model.binding.module
+
+    def _share(self, model: _Model) -> None:
+        """Make room for a model that is about to be used; give each model in use its share."""
+        assert model.memory is not None and model.runner is not None
+        others = [
+            each
+            for each in self._models.values()
+            if each is not model and each.memory is not None and each.runner is not None
+        ]
+        for other in sorted(others, key=lambda each: each.last_use):
+            assert other.runner is not None
+            if not other.acquired and not other.runner.running:
+                if self._room(model) >= model.memory.page_count:
+                    break
+                self._evict(other)
+            elif not other.runner.running:
+                other.runner.attach()
+        if isinstance(model.memory, FramesMemory):
+            active = [model, *(each for each in others if each.acquired)]
+            held = sum(_frames_held(each) for each in active)
+            self._divide(active, held + self._pager.budget.available // self._pager.page_size)
+
+    def _divide(self, models: list[_Model], total: int) -> None:
+        """Divide frames among models: what each needs at least, and the rest by size."""
+        least = [each.runner.least_frames() if each.runner else 0 for each in models]
+        pages = [each.memory.page_count if each.memory else 0 for each in models]
+        spare = max(0, total - sum(least))
+        more = sum(pages) - sum(least)
+        for model, needs, size in zip(models, least, pages, strict=True):
+            if isinstance(model.memory, FramesMemory):
+                extra = (size - needs) if more <= spare else spare * (size - needs) // more
+                model.memory.frames = needs + extra
+        # Those that give frames away first.
+        for model in sorted(models, key=_frames_gained):
+            if model.runner is not None and not model.runner.running:
+                model.runner.plan()
+
+    def _room(self, model: _Model) -> int:
+        """Count the pages that a model could hold without taking any from others."""
+        assert model.memory is not None
+        held = model.memory.region.core.stats().resident_bytes
+        return (self._pager.budget.available + held) // self._pager.page_size
 
     def release(self, name: str, *, evict: bool = False) -> None:
         """Take one `acquire` back.
@@ -203,9 +299,9 @@ class MemoryManager:
             if model.acquired == 0:
                 raise ModelError(f"model {name!r} is not acquired")
             model.acquired -= 1
-            if model.acquired == 0 and model.region is not None and model.lookahead is not None:
-                self._pager.core.set_active(model.region.core, False)
-                model.lookahead.unwind()
+            if model.acquired == 0 and model.memory is not None and model.runner is not None:
+                model.memory.set_active(False)
+                model.runner.unwind()
                 if evict:
                     self._evict(model)
 
@@ -233,14 +329,87 @@ class MemoryManager:
             If there is no such model.
         """
         with self._lock:
-            self._prefetch(self._find(name))
+            model = self._find(name)
+            if model.memory is None or model.runner is None:
+                return
+            if isinstance(model.memory, FramesMemory) and not model.acquired:
+                model.memory.frames = min(self._room(model), model.memory.page_count)
+                try:
+                    model.runner.plan()
+                except CapExceededError:
+                    return  # no room worth having
+            model.runner.prefetch()
+
+    def schedule(self, name: str) -> str:
+        """Return the table of upcoming operations: each step, what it reads, on which pages.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            model = self._find(name)
+            return format_schedule(model.runner.schedule() if model.runner else [])
+
+    def set_cap(self, cap: int | str) -> None:
+        """Change the cap. Where more is held than that, models give way first, idle ones before others.
+
+        Raises
+        ------
+        CapExceededError
+            If a model in use cannot run under the new cap; the old one stays.
+        ScheduleError
+            If a model that has to give way is running.
+        """
+        nbytes = parse_bytes(cap)
+        with self._lock:
+            before = self._pager.cap
+            if nbytes < before:
+                self._give_way(nbytes)
+            if not self._pager.budget.try_set_cap(nbytes):
+                used = self._pager.budget.stats().used
+                self._share_again()
+                raise CapExceededError(
+                    f"{format_bytes(used)} are in use, so the cap cannot be {format_bytes(nbytes)}",
+                    requested=nbytes,
+                    cap=before,
+                    used=used,
+                )
+            self._share_again()
+
+    def _give_way(self, cap: int) -> None:
+        for model in sorted(self._models.values(), key=lambda each: each.last_use):
+            if self._pager.budget.stats().used > cap and not model.acquired:
+                self._evict(model)
+        active = [each for each in self._models.values() if each.acquired]
+        if self._pager.budget.stats().used <= cap:
+            return
+        if self._pager.kind == "managed":
+            for model in active:
+                self._evict(model)
+            return
+        ledger = self._pager.budget.stats()
+        held = sum(_frames_held(each) for each in active)
+        others = ledger.used - held * self._pager.page_size
+        try:
+            self._divide(active, max(0, cap - others) // self._pager.page_size)
+        except CapExceededError:
+            self._share_again()
+            raise
+
+    def _share_again(self) -> None:
+        for model in self._models.values():
+            if model.acquired and model.memory is not None:
+                self._share(model)
+                return
 
     def stats(self) -> ManagerStats:
         """Return the figures of this manager and its models."""
         with self._lock:
-            pager = self._pager.core.stats()
             ledger = self._pager.budget.stats()
             device = self._pager.core_device
+            models = {name: self._model_stats(model) for name, model in self._models.items()}
             return ManagerStats(
                 device=f"{self.device} ({device.info().name})",
                 pager=self._pager.kind,
@@ -249,14 +418,9 @@ class MemoryManager:
                 peak=ledger.peak,
                 used_by_tag=ledger.used_by_tag,
                 peak_by_tag=ledger.peak_by_tag,
-                loaded_bytes=pager.loaded_bytes,
-                evicted_bytes=pager.evicted_bytes,
-                hits=pager.hits,
-                demand_loads=pager.demand_loads,
-                ahead_loads=pager.ahead_loads,
-                ahead_declined=pager.ahead_declined,
+                link_rate=self._pager.link_rate,
                 suppressed_errors=device.suppressed_count,
-                models={name: self._model_stats(model) for name, model in self._models.items()},
+                models=models,
             )
 
     def report(self) -> str:
@@ -270,27 +434,30 @@ class MemoryManager:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelError(f"there is no model {name!r}; registered: {known}") from None
 
-    def _prefetch(self, model: _Model) -> None:
-        if model.lookahead is not None:
-            model.lookahead.prefetch()
-
     def _evict(self, model: _Model) -> None:
-        if model.region is not None:
-            self._pager.evict(model.region)
+        if model.memory is not None and model.runner is not None:
+            model.runner.attach()
+            model.memory.evict()
 
     def _model_stats(self, model: _Model) -> ModelStats:
-        region, lookahead = model.region, model.lookahead
-        resident = self._pager.core.region_stats(region.core).resident_bytes if region else 0
+        figures = MemoryStats()
+        if model.memory is not None and model.runner is not None:
+            figures = model.memory.stats(model.runner.step_name)
         return ModelStats(
             nbytes=sum(placement.nbytes for placement in model.binding.placements),
-            resident_bytes=resident,
-            system_resident_bytes=region.core.resident_bytes() if region else 0,
             acquired=model.acquired,
-            steps=len(lookahead.steps) if lookahead else 0,
-            passes=lookahead.passes if lookahead else 0,
-            unscheduled_reads=lookahead.unscheduled_reads if lookahead else 0,
+            steps=len(model.runner.steps) if model.runner else 0,
             moved=tuple(model.binding.moved()),
+            memory=figures,
         )
+
+
+def _frames_held(model: _Model) -> int:
+    return model.memory.frames_held if isinstance(model.memory, FramesMemory) else 0
+
+
+def _frames_gained(model: _Model) -> int:
+    return model.memory.frames - _frames_held(model) if model.memory else 0
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from penstock import _core
 from penstock.errors import CapExceededError
 from penstock.pager import Pager, Region
+from penstock.stats import MemoryStats, PassFigures
 
 __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
 
@@ -71,6 +73,42 @@ class ModelMemory(ABC):
         """Drop all that is not in use."""
         self.region.core.evict(self.all_pages)
 
+    def set_active(self, active: bool) -> None:
+        """Say whether the model is in use; others take its pages only when they must."""
+
+    def stats(self, step_name: Callable[[int], str] = str) -> MemoryStats:
+        """Return what it holds and has moved."""
+        held = self.region.core.stats()
+        run = self.streamer.stats()
+        passes = self.streamer.passes()
+        plan = self.plan
+        return MemoryStats(
+            resident_bytes=held.resident_bytes,
+            loaded_bytes=run.loaded_bytes,
+            passes=run.passes,
+            steps_run=run.steps,
+            misses=run.misses,
+            unscheduled=run.unscheduled,
+            last_pass=_figures(passes[-1], step_name) if passes else None,
+            predicted_seconds=plan.seconds if plan else None,
+            planned_bytes=plan.bytes_per_pass if plan else 0,
+            **self._own_stats(),
+        )
+
+    @abstractmethod
+    def _own_stats(self) -> dict[str, Any]:
+        """Return the figures that depend on the kind of memory."""
+
+
+def _figures(last: _core.PassStats, step_name: Callable[[int], str]) -> PassFigures:
+    return PassFigures(
+        seconds=last.seconds,
+        loaded_bytes=last.loaded_bytes,
+        stall_seconds=last.stall_seconds,
+        longest_stall=(step_name(last.longest_stall_step), last.longest_stall_seconds),
+        misses=last.misses,
+    )
+
 
 class ManagedMemory(ModelMemory):
     """Managed memory: the pager decides what stays, by the schedule."""
@@ -93,6 +131,12 @@ class ManagedMemory(ModelMemory):
 
     def fits(self) -> bool:
         return self.region.nbytes <= self.pager.cap
+
+    def set_active(self, active: bool) -> None:
+        self.pager.core.set_active(self.region_core, active)
+
+    def _own_stats(self) -> dict[str, Any]:
+        return {"system_resident_bytes": self.region_core.resident_bytes()}
 
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
         """Do nothing: managed memory keeps what is written."""
@@ -134,6 +178,21 @@ class FramesMemory(ModelMemory):
 
     def fits(self) -> bool:
         return self.plan is not None and self.plan.ring == 0
+
+    @property
+    def frames_held(self) -> int:
+        """Frames that it holds now."""
+        return self.region_core.frame_count
+
+    def _own_stats(self) -> dict[str, Any]:
+        tier = self.tier.stats()
+        return {
+            "system_resident_bytes": None,
+            "pinned_bytes": tier.pinned_bytes,
+            "mapped_bytes": tier.mapped_bytes,
+            "host_tier": self.tier.kind,
+            "ring_bytes": self.plan.ring * self.pager.page_size if self.plan else 0,
+        }
 
     def evict(self) -> None:
         super().evict()

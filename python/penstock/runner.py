@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock import _core
 from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
 from penstock.guard import Entry, Guard
@@ -166,6 +167,16 @@ class Runner:
         """Names of the steps in the order in which they are expected."""
         assert self._followed is not None
         return [self._steps.name(step) for step in self._followed.steps]
+
+    def step_name(self, step: int) -> str:
+        """Name a step for people."""
+        return self._steps.name(step)
+
+    def least_frames(self) -> int:
+        """Return the fewest pages that have to be in place at once."""
+        orders = self._planned_for or [self._followed]
+        pages = [used for order in orders if order for used in self._pages_in_use(order)]
+        return _core.least_frames(self._memory.page_count, pages)
 
     @property
     def settled(self) -> bool:

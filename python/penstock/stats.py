@@ -2,46 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from penstock.sizes import format_bytes
 
-__all__ = ["ManagerStats", "ModelStats"]
+__all__ = ["ManagerStats", "MemoryStats", "ModelStats", "PassFigures", "format_schedule"]
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """Figures of one pass. Times in seconds, as the device took them.
+
+    Parameters
+    ----------
+    seconds
+        From its beginning to its end.
+    loaded_bytes
+        By whole pages; loads for the pass after it included.
+    stall_seconds
+        In which steps waited for their pages.
+    longest_stall
+        The step that waited longest, and how long.
+    misses
+        Pages that a step had to ask for, because they were not on their way.
+    """
+
+    seconds: float
+    loaded_bytes: int
+    stall_seconds: float
+    longest_stall: tuple[str, float]
+    misses: int
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """What one model holds and has moved. Sizes in bytes, by whole pages.
+
+    Parameters
+    ----------
+    resident_bytes
+        Device memory that it holds, as the ledger has it.
+    system_resident_bytes
+        The same as the operating system counts it; None where it cannot tell.
+    pinned_bytes, mapped_bytes
+        Host memory that holds its weights: of its own, and of the page cache.
+    host_tier
+        Where its weights wait on the host; empty with managed memory.
+    loaded_bytes
+        Loaded so far.
+    passes
+        Calls of an entry point so far, but for those that ran with everything in place.
+    steps_run, misses, unscheduled
+        Steps so far, pages that they had to ask for, and reads outside of the expected steps.
+    last_pass
+        The last pass that the device has finished; None before the first.
+    predicted_seconds
+        What the plan says that a pass takes; None without a plan.
+    planned_bytes
+        What the plan says that a pass loads.
+    ring_bytes
+        Device memory through which pages stream.
+    """
+
+    resident_bytes: int = 0
+    system_resident_bytes: int | None = 0
+    pinned_bytes: int = 0
+    mapped_bytes: int = 0
+    host_tier: str = ""
+    loaded_bytes: int = 0
+    passes: int = 0
+    steps_run: int = 0
+    misses: int = 0
+    unscheduled: int = 0
+    last_pass: PassFigures | None = None
+    predicted_seconds: float | None = None
+    planned_bytes: int = 0
+    ring_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """Figures of one model. Sizes in bytes.
+    """Figures of one model.
 
     Parameters
     ----------
     nbytes
         Weights, as they lie in the region.
-    resident_bytes
-        What the ledger counts as resident, in whole pages.
-    system_resident_bytes
-        The same as the operating system counts it; None where it cannot tell (CUDA).
     acquired
         How many users have acquired the model and not released it.
     steps
-        Steps of the current order.
-    passes
-        Calls of the outermost module so far.
-    unscheduled_reads
-        Reads of tensors outside the steps that were known at that time.
+        Steps of the order that is expected.
     moved
         Names of parameters that are no longer on pager memory.
+    memory
+        What it holds and has moved.
     """
 
     nbytes: int
-    resident_bytes: int
-    system_resident_bytes: int | None
     acquired: int
     steps: int
-    passes: int
-    unscheduled_reads: int
     moved: tuple[str, ...]
+    memory: MemoryStats = field(default_factory=MemoryStats)
 
 
 @dataclass(frozen=True)
@@ -52,14 +114,8 @@ class ManagerStats:
     ----------
     used, peak
         Charged now, and the most at any time; never above `cap`.
-    loaded_bytes, evicted_bytes
-        Made resident and dropped so far.
-    hits
-        Steps whose pages were there, or under way, when they began.
-    demand_loads
-        Steps that had to ask for pages when they began.
-    ahead_loads, ahead_declined
-        Look-ahead requests that loaded pages; that found no room worth taking.
+    link_rate
+        Bytes per second of copies from pinned memory, as measured here.
     suppressed_errors
         Failures of the device where nothing could be raised (giving handles back).
     """
@@ -71,14 +127,14 @@ class ManagerStats:
     peak: int
     used_by_tag: Mapping[str, int]
     peak_by_tag: Mapping[str, int]
-    loaded_bytes: int
-    evicted_bytes: int
-    hits: int
-    demand_loads: int
-    ahead_loads: int
-    ahead_declined: int
+    link_rate: float
     suppressed_errors: int
     models: Mapping[str, ModelStats]
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes loaded so far by the models that are registered."""
+        return sum(model.memory.loaded_bytes for model in self.models.values())
 
     def __str__(self) -> str:
         lines = [
@@ -90,22 +146,65 @@ class ManagerStats:
                 for tag, nbytes in self.used_by_tag.items()
                 if self.peak_by_tag[tag]
             ),
-            f"  loaded {format_bytes(self.loaded_bytes)}, "
-            f"evicted {format_bytes(self.evicted_bytes)}",
-            f"  steps: {self.hits} found their pages, {self.demand_loads} had to load; "
-            f"look-ahead: {self.ahead_loads} requests loaded, {self.ahead_declined} found no room",
+            f"  link {self.link_rate / 1e9:.1f} GB/s",
         ]
         if self.suppressed_errors:
             lines.append(f"  {self.suppressed_errors} device errors while giving handles back")
         for name, model in self.models.items():
-            state = f"acquired {model.acquired}x" if model.acquired else "idle"
-            lines.append(
-                f"  {name}: {format_bytes(model.nbytes)} of weights, "
-                f"{format_bytes(model.resident_bytes)} resident, {state}, {model.steps} steps, "
-                f"{model.passes} passes, {model.unscheduled_reads} unscheduled reads"
-            )
-            if model.moved:
-                lines.append(
-                    f"    {len(model.moved)} parameters left pager memory: {model.moved[0]}, ..."
-                )
+            lines += _model_lines(name, model, self.link_rate)
         return "\n".join(lines)
+
+
+def _model_lines(name: str, model: ModelStats, link_rate: float) -> list[str]:
+    memory = model.memory
+    state = f"acquired {model.acquired}x" if model.acquired else "idle"
+    lines = [
+        f"  {name}: {format_bytes(model.nbytes)} of weights, "
+        f"{format_bytes(memory.resident_bytes)} on the device"
+        + (f" ({format_bytes(memory.ring_bytes)} of it a ring)" if memory.ring_bytes else "")
+        + f", {state}, {model.steps} steps",
+        f"    {memory.passes} passes, {format_bytes(memory.loaded_bytes)} loaded, "
+        f"{memory.misses} misses, {memory.unscheduled} unscheduled reads",
+    ]
+    if memory.host_tier:
+        lines.append(
+            f"    host tier {memory.host_tier}: {format_bytes(memory.pinned_bytes)} pinned, "
+            f"{format_bytes(memory.mapped_bytes)} of page cache mapped"
+        )
+    if memory.predicted_seconds is not None:
+        lines.append(
+            f"    plan: {format_bytes(memory.planned_bytes)} and {memory.predicted_seconds:.4f} s "
+            "a pass"
+        )
+    if last := memory.last_pass:
+        rate = last.loaded_bytes / last.seconds if last.seconds else 0.0
+        lines.append(
+            f"    last pass: {format_bytes(last.loaded_bytes)} in {last.seconds:.4f} s, "
+            f"{rate / 1e9:.1f} GB/s, {rate / link_rate:.1%} of the link; "
+            f"stalls {last.stall_seconds:.4f} s, the longest {last.longest_stall[1]:.4f} s in "
+            f"{last.longest_stall[0]!r}; {last.misses} misses"
+        )
+    if model.moved:
+        lines.append(f"    {len(model.moved)} parameters left pager memory: {model.moved[0]}, ...")
+    return lines
+
+
+def format_schedule(steps: Sequence[tuple[str, list[str], list[int]]]) -> str:
+    """Return a table of steps: number, name, pages in use, tensors read."""
+    if not steps:
+        return "no steps"
+    width = max(len(name) for name, _, _ in steps)
+    return "\n".join(
+        f"{number:5}  {name:{width}}  {_ranges(pages):>12}  {', '.join(tensors)}"
+        for number, (name, tensors, pages) in enumerate(steps)
+    )
+
+
+def _ranges(pages: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][1] + 1 == page:
+            runs[-1][1] = page
+        else:
+            runs.append([page, page])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
