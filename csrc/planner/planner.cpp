@@ -1,15 +1,15 @@
 #include "planner/planner.hpp"
 
 #include <algorithm>
-#include <optional>
+#include <iterator>
 #include <string>
 #include <utility>
 
 #include "error/error.hpp"
 #include "error/format.hpp"
+#include "planner/draft.hpp"
 #include "planner/reads.hpp"
 #include "planner/resident_set.hpp"
-#include "planner/ring.hpp"
 #include "planner/simulation.hpp"
 
 namespace penstock {
@@ -24,34 +24,21 @@ constexpr std::size_t kRingBytesInDoubt = std::size_t{64} << 20;
 
 constexpr double kAsGood = 1.001;    // times that are as good as the best one
 constexpr double kRoomPrice = 1.05;  // what such room may cost
-constexpr int kMostRepairs = 8;
-
-// A plan on trial.
-struct Draft {
-  Plan plan;
-  std::size_t room = 0;  // frames of the ring beyond the largest step's streamed pages
-  std::size_t collisions = 0;
-};
 
 class Planner {
  public:
-  explicit Planner(const PlanRequest& request) : request_(request), reads_(request) {}
+  explicit Planner(const PlanRequest& request)
+      : request_(request), reads_(request), drafter_(request, reads_) {}
 
   Plan run() {
     check_cap();
-    if (reads_.page_count() <= request_.frames) return finish(all_resident()).plan;
-    if (reads_.step_count() == 0) return finish(first_resident()).plan;
-    if (to_stream() == 0) return finish(all_read_resident()).plan;
+    if (reads_.page_count() <= request_.frames) return drafter_.with_all_resident().plan;
+    if (reads_.step_count() == 0) return drafter_.with_first_resident(doubtful_ring()).plan;
+    if (to_stream() == 0) return drafter_.with_all_read_resident().plan;
     return best(drafts()).plan;
   }
 
  private:
-  struct Choice {
-    std::vector<bool> resident;
-    std::vector<SlotIndex> slot;
-    std::size_t ring = 0;
-  };
-
   void check_cap() const {
     const std::size_t least = reads_.least_frames();
     if (least <= request_.frames) return;
@@ -66,6 +53,7 @@ class Planner {
                            needed, there, 0);
   }
 
+  // The ring for steps of unknown times.
   std::size_t doubtful_ring() const {
     const std::size_t pages = (kRingBytesInDoubt + request_.page_size - 1) / request_.page_size;
     return std::min(std::max(pages, kRoomInDoubt), std::max<std::size_t>(spare() / 2, 1));
@@ -82,98 +70,14 @@ class Planner {
     return moving + 1 - std::min(moving + 1, spare());
   }
 
-  Choice all_resident() const { return {std::vector<bool>(reads_.page_count(), true), {}, 0}; }
-
-  Choice first_resident() const {
-    const std::size_t ring = doubtful_ring();
-    Choice choice{reads_.kept, std::vector<SlotIndex>(reads_.page_count(), kResident), ring};
-    std::size_t left = spare() - ring;
-    for (std::size_t page = 0; page < reads_.page_count() && left > 0; ++page) {
-      if (choice.resident[page]) continue;
-      choice.resident[page] = true;
-      --left;
-    }
-    return choice;
-  }
-
-  Choice all_read_resident() const {
-    Choice choice{reads_.kept, std::vector<SlotIndex>(reads_.page_count(), kResident), 0};
-    for (const PageIndex page : reads_.order) choice.resident[page] = true;
-    choice.ring = request_.frames - static_cast<std::size_t>(std::count(
-                                        choice.resident.begin(), choice.resident.end(), true));
-    return choice;
-  }
-
   std::vector<std::size_t> ring_sizes() const;
   std::vector<Draft> drafts() const;
-  std::optional<Draft> draft(const ResidentQuery& query) const;
-  Draft finish(Choice choice) const;
-  std::size_t collisions_of(const Plan& plan) const;
   const Draft& best(const std::vector<Draft>& drafts) const;
 
   const PlanRequest& request_;
   const Reads reads_;
+  const Drafter drafter_;
 };
-
-Draft Planner::finish(Choice choice) const {
-  Draft draft;
-  Plan& plan = draft.plan;
-  plan.ring = choice.ring;
-  plan.slot = std::move(choice.slot);
-  plan.slot.resize(reads_.page_count(), kResident);
-  SlotIndex turn = 0;
-  for (std::size_t i = 0; i < reads_.page_count(); ++i) {
-    if (choice.resident[i]) {
-      plan.resident.push_back(static_cast<PageIndex>(i));
-    } else if (plan.slot[i] == kResident) {  // read by no step
-      plan.slot[i] = turn++ % static_cast<SlotIndex>(plan.ring);
-    }
-  }
-  plan.loads = steady_loads(reads_, plan.slot, plan.ring);
-  plan.bytes_per_pass = plan.loads.size() * request_.page_size;
-  plan.seconds = pass_seconds(reads_, request_, plan);
-  std::size_t largest = 0;
-  for (const auto& pages : reads_.pages_of) {
-    const auto streamed = static_cast<std::size_t>(std::count_if(
-        pages.begin(), pages.end(), [&](PageIndex page) { return !choice.resident[page]; }));
-    largest = std::max(largest, streamed);
-  }
-  draft.room = plan.ring - std::min(plan.ring, largest);
-  draft.collisions = collisions_of(plan);
-  return draft;
-}
-
-// Reads of a page whose frame another page of the same step has taken.
-std::size_t Planner::collisions_of(const Plan& plan) const {
-  std::size_t collisions = 0;
-  std::vector<std::size_t> last_step(plan.ring, 0);  // that used the slot, counted from 1
-  for (std::size_t step = 0; step < reads_.step_count(); ++step) {
-    for (const PageIndex page : reads_.pages_of[step]) {
-      if (plan.slot[page] == kResident) continue;
-      std::size_t& last = last_step[plan.slot[page]];
-      if (last == step + 1) ++collisions;
-      last = step + 1;
-    }
-  }
-  return collisions;
-}
-
-std::optional<Draft> Planner::draft(const ResidentQuery& query) const {
-  std::vector<bool> forced = reads_.kept;
-  std::size_t forced_count = reads_.kept_count;
-  for (int repair = 0;; ++repair) {
-    auto resident = choose_resident(reads_, forced, query);
-    if (!resident) return std::nullopt;
-    Ring ring = assign_ring(reads_, *resident, query.ring);
-    const bool last = repair == kMostRepairs || forced_count + ring.colliding.size() > query.count;
-    if (ring.colliding.empty() || last) {
-      drop_idle_frames(reads_, ring, *resident);
-      return finish({std::move(*resident), std::move(ring.slot), ring.size});
-    }
-    for (const PageIndex page : ring.colliding) forced[page] = true;
-    forced_count += ring.colliding.size();
-  }
-}
 
 // Each size up to a few above the smallest and above the largest step, then ever fewer; a ring of
 // more frames than there are pages too many would leave some without a second page.
@@ -217,7 +121,7 @@ std::vector<Draft> Planner::drafts() const {
   const std::size_t wanted = timed ? kRoom : kRoomInDoubt;
   std::vector<Draft> drafts;
   auto add = [&](const ResidentQuery& query) {
-    auto made = draft(query);
+    auto made = drafter_.with_ring(query);
     if (made) drafts.push_back(std::move(*made));
     return made.has_value();
   };

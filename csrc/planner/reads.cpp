@@ -1,7 +1,9 @@
 #include "planner/reads.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
+#include <string>
 
 namespace penstock {
 
@@ -16,7 +18,9 @@ void check(const PlanRequest& request) {
                                 " steps");
   }
   for (const double seconds : request.step_seconds) {
-    if (!(seconds >= 0)) throw std::invalid_argument("plan: a step of less than no time");
+    if (!std::isfinite(seconds) || seconds < 0) {
+      throw std::invalid_argument("plan: a step's time is below 0 or no number");
+    }
   }
 }
 

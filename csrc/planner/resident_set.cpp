@@ -1,6 +1,7 @@
 #include "planner/resident_set.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 namespace penstock {

@@ -19,8 +19,6 @@ std::vector<Load> steady_loads(const Reads& reads, const std::vector<SlotIndex>&
                                std::size_t ring);
 
 /// The duration of a pass in steady state; see predict_seconds.
-///
-/// @param step_seconds  By step; empty for none.
 double pass_seconds(const Reads& reads, const PlanRequest& request, const Plan& plan);
 
 }  // namespace penstock
