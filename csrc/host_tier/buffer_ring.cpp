@@ -79,6 +79,7 @@ std::byte* BufferRing::fetch(PageIndex page) {
     }
     if (broken_) {
       demand_.reset();
+      if (buffer != nullptr) buffer->demanded = false;
       std::rethrow_exception(broken_);
     }
     if (buffer != nullptr) {
@@ -283,7 +284,8 @@ void BufferRing::finish(Buffer& buffer) {
     buffer_of_[buffer.page] = nullptr;
     buffer.state = State::kEmpty;
     failed_[buffer.page] = true;
-    if (buffer.demanded) demand_error_ = std::exchange(buffer.error, nullptr);
+    if (buffer.demanded) demand_error_ = buffer.error;
+    buffer.demanded = false;
     buffer.error = nullptr;
   } else {
     buffer.state = State::kFull;

@@ -75,9 +75,11 @@ class BufferRing {
     std::size_t next = 0;    // the read that nobody has taken yet
     std::size_t under_way = 0;
     std::uint64_t used = 0;  // number of its last fetch
-    bool demanded = false;
+    bool demanded = false;   // fetch waits for it, and has it for itself when it is full
     std::exception_ptr error;
-    bool idle() const noexcept { return state != State::kReading && users == 0 && copies == 0; }
+    bool idle() const noexcept {
+      return state != State::kReading && users == 0 && copies == 0 && !demanded;
+    }
   };
 
   void close();
