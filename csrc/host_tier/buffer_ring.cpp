@@ -2,13 +2,21 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <string>
-#include <thread>
 #include <utility>
 
 #include "error/error.hpp"
 
 namespace penstock {
+
+namespace {
+
+// Far below the time of reading a page, and cheap: a device's own wait may keep a core busy.
+constexpr std::chrono::microseconds kBetweenQuestions{200};
+constexpr int kMostFailures = 5;
+
+}  // namespace
 
 BufferRing::BufferRing(std::shared_ptr<Device> device, Files files, std::vector<PageLayout> layouts,
                        std::size_t count, std::size_t buffer_bytes, std::size_t threads)
@@ -26,6 +34,7 @@ BufferRing::BufferRing(std::shared_ptr<Device> device, Files files, std::vector<
     readers_.push_back(std::make_unique<TaskThread>(TaskThread::AtEnd::kDrop));
   }
   try {
+    watcher_.submit([this] { watch_copies(); });
     for (const auto& reader : readers_) reader->submit([this] { run_reader(); });
   } catch (...) {
     close();
@@ -43,6 +52,7 @@ void BufferRing::close() {
     closing_ = true;
   }
   work_.notify_all();
+  copying_.notify_all();
 }
 
 // ---- the consumer ------------------------------------------------------------------------------
@@ -79,6 +89,7 @@ std::byte* BufferRing::fetch(PageIndex page) {
     }
     if (broken_) {
       demand_.reset();
+      if (buffer != nullptr) buffer->demanded = false;
       std::rethrow_exception(broken_);
     }
     if (buffer != nullptr) {
@@ -106,8 +117,9 @@ void BufferRing::release(PageIndex page, std::shared_ptr<OwnedEvent> copied) {
     throw ScheduleError("page " + std::to_string(page) + " is released, but is not fetched");
   }
   if (copied) {
-    events_.submit([this, buffer, copied = std::move(copied)] { end_copy(*buffer, copied); });
+    copies_.push_back({buffer, std::move(copied)});
     ++buffer->copies;
+    copying_.notify_one();
   }
   --buffer->users;
   work_.notify_all();
@@ -118,43 +130,45 @@ bool BufferRing::all_in_use() const {
                      [](const Buffer& buffer) { return buffer.users > 0; });
 }
 
-// ---- events ------------------------------------------------------------------------------------
+// ---- copies ------------------------------------------------------------------------------------
 
-void BufferRing::end_copy(Buffer& buffer, const std::shared_ptr<OwnedEvent>& copied) {
-  const bool over = wait_for_event(copied);
-  const std::lock_guard lock(mutex_);
-  if (over) {
-    --buffer.copies;
-    work_.notify_all();
-  } else {
-    arrived_.notify_all();
+void BufferRing::watch_copies() {
+  std::vector<Copy> watched;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (watched.empty()) copying_.wait(lock, [&] { return closing_ || !copies_.empty(); });
+    if (closing_) return;
+    std::move(copies_.begin(), copies_.end(), std::back_inserter(watched));
+    copies_.clear();
+    lock.unlock();
+    const auto ended =
+        std::partition(watched.begin(), watched.end(), [&](Copy& copy) { return !over(copy); });
+    lock.lock();
+    const bool some = ended != watched.end();
+    std::for_each(ended, watched.end(), [](const Copy& copy) { --copy.buffer->copies; });
+    lock.unlock();
+    watched.erase(ended, watched.end());  // without the lock: events go back to the device
+    lock.lock();
+    if (some) {
+      work_.notify_all();
+    } else {
+      copying_.wait_for(lock, kBetweenQuestions, [&] { return closing_; });
+    }
   }
 }
 
-// A failed copy is over too; who waits for what it copied is told by the same event. But where the
-// device cannot even say whether it is over, the buffer must not be written again, ever.
-bool BufferRing::wait_for_event(const std::shared_ptr<OwnedEvent>& copied) {
-  constexpr int kTrials = 3;
-  for (int trial = 1;; ++trial) {
-    std::exception_ptr error;
-    try {
-      device_->event_synchronize(copied->get());
-      return true;
-    } catch (...) {
-      error = std::current_exception();
-    }
-    try {
-      if (device_->event_done(copied->get())) return true;
-    } catch (...) {
-      error = std::current_exception();
-    }
-    if (closing_) return false;
-    if (trial == kTrials) {
+// Where the device cannot say whether a copy is over, time after time, its buffer must not be
+// written again, ever: then all fetches that would wait end with that error.
+bool BufferRing::over(Copy& copy) {
+  try {
+    return device_->event_done(copy.event->get());
+  } catch (...) {
+    if (++copy.failures == kMostFailures) {
       const std::lock_guard lock(mutex_);
-      broken_ = error;
-      return false;
+      broken_ = std::current_exception();
+      arrived_.notify_all();
     }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return false;
   }
 }
 
@@ -283,7 +297,8 @@ void BufferRing::finish(Buffer& buffer) {
     buffer_of_[buffer.page] = nullptr;
     buffer.state = State::kEmpty;
     failed_[buffer.page] = true;
-    if (buffer.demanded) demand_error_ = std::exchange(buffer.error, nullptr);
+    if (buffer.demanded) demand_error_ = buffer.error;
+    buffer.demanded = false;
     buffer.error = nullptr;
   } else {
     buffer.state = State::kFull;

@@ -5,8 +5,9 @@
 // so that the page that is needed first is there first.
 //
 // A buffer is empty, reading or full. A full one is in use from `fetch` to `release`, and copied
-// from until the event given to `release`; then another page may take it. Events are waited for on
-// a thread of their own, never on the caller's or a reader's. A page that is fetched but not on its
+// from until the event given to `release`; then another page may take it. A thread of its own asks
+// for the events, again and again and in no order: they may be of several streams, and nobody that
+// reads or fetches waits for them. A page that is fetched but not on its
 // way is a demand: it goes before all others. A failed read ahead is forgotten until the page is
 // fetched, which reads it anew and throws what that throws.
 //
@@ -44,7 +45,7 @@ class BufferRing {
   /// @throws DeviceError where there is no such memory.
   BufferRing(std::shared_ptr<Device> device, Files files, std::vector<PageLayout> layouts,
              std::size_t count, std::size_t buffer_bytes, std::size_t threads);
-  /// Ends after the reads under way. No event may be outstanding for ever.
+  /// Ends after the reads under way; by then all copies are over.
   ~BufferRing();
   BufferRing(const BufferRing&) = delete;
   BufferRing& operator=(const BufferRing&) = delete;
@@ -75,9 +76,16 @@ class BufferRing {
     std::size_t next = 0;    // the read that nobody has taken yet
     std::size_t under_way = 0;
     std::uint64_t used = 0;  // number of its last fetch
-    bool demanded = false;
+    bool demanded = false;   // fetch waits for it, and has it for itself when it is full
     std::exception_ptr error;
-    bool idle() const noexcept { return state != State::kReading && users == 0 && copies == 0; }
+    bool idle() const noexcept {
+      return state != State::kReading && users == 0 && copies == 0 && !demanded;
+    }
+  };
+  struct Copy {
+    Buffer* buffer;
+    std::shared_ptr<OwnedEvent> event;
+    int failures = 0;  // of asking
   };
 
   void close();
@@ -89,8 +97,8 @@ class BufferRing {
   Buffer* find(PageIndex page);
   Buffer* victim(StepTime needed_at);
   bool all_in_use() const;
-  void end_copy(Buffer& buffer, const std::shared_ptr<OwnedEvent>& copied);
-  bool wait_for_event(const std::shared_ptr<OwnedEvent>& copied);
+  void watch_copies();
+  bool over(Copy& copy);
 
   std::shared_ptr<Device> device_;
   Files files_;
@@ -98,21 +106,23 @@ class BufferRing {
   Slab slab_;
   std::size_t buffer_bytes_;
   std::atomic<std::uint64_t> read_bytes_{0};
-  std::atomic<bool> closing_{false};
 
   std::mutex mutex_;
   std::condition_variable work_;     // for readers
   std::condition_variable arrived_;  // for fetch
+  std::condition_variable copying_;  // for the thread that asks for events
   std::vector<Buffer> buffers_;
   std::vector<Buffer*> buffer_of_;  // by page; null for one that is in no buffer
   std::vector<bool> failed_;        // by page: not to be read ahead
   ReadOrder order_;
   std::uint64_t fetches_ = 0;
+  bool closing_ = false;
   std::optional<PageIndex> demand_;  // fetched, and in no buffer yet
   std::exception_ptr demand_error_;
-  std::exception_ptr broken_;  // of an event that cannot be waited for
+  std::exception_ptr broken_;  // of an event that cannot be asked for
 
-  TaskThread events_{TaskThread::AtEnd::kDrop};
+  std::vector<Copy> copies_;  // under way, and not yet known to the thread
+  TaskThread watcher_{TaskThread::AtEnd::kDrop};
   std::vector<std::unique_ptr<TaskThread>> readers_;
 };
 
