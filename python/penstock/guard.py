@@ -13,9 +13,8 @@ storage's use count): then its pages stay in place for as long as the view lives
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -56,7 +55,7 @@ class Entry:
 
     __slots__ = (
         "address",
-        "base_count",
+        "count_before",
         "gone",
         "guard",
         "guarded",
@@ -69,7 +68,6 @@ class Entry:
         "storage",
         "tensor",
         "version",
-        "views",
     )
 
     def __init__(
@@ -85,23 +83,20 @@ class Entry:
         self.opened = 0
         self.kept = False
         self.gone = False
-        self.views: list[weakref.ref[torch.Tensor]] = []  # guarded ones
         self.address = tensor.data_ptr()
         self.storage = tensor.untyped_storage()
         self.version = tensor._version
-        self.base_count = self._use_count()
+        self.count_before = self.use_count()  # when it was opened
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _no_entry, ()  # copies of the tensor are ordinary ones
 
     def escaped(self) -> bool:
-        """Whether somebody holds a view that is not guarded."""
-        if self._use_count() == self.base_count:
-            return False
-        self.views = [view for view in self.views if view() is not None]
-        return self._use_count() > self.base_count + len(self.views)
+        """Whether there are views that were not there when the tensor was opened."""
+        return self.use_count() > self.count_before
 
-    def _use_count(self) -> int:
+    def use_count(self) -> int:
+        """Count who holds the storage."""
         count: int = torch._C._storage_Use_Count(self.storage._cdata)
         return count
 
@@ -142,6 +137,8 @@ class Guard:
             entry.opened += 1
             if entry.opened == 1 and not entry.gone:
                 entry.tensor.__class__ = entry.plain
+                if not entry.kept:
+                    entry.count_before = entry.use_count()
 
     def close(self, entries: Iterable[Entry]) -> None:
         """Guard the tensors again; call it before their pages are let go of."""
@@ -233,17 +230,17 @@ class Guard:
         entry = self._by_address.get(_storage_address(value))
         if entry is None or value is entry.tensor:
             return value
-        view = value.as_subclass(_guarded_class(type(value)))
-        view._penstock = entry  # type: ignore[attr-defined]
-        entry.views.append(weakref.ref(view))
-        return view
+        value.__class__ = _guarded_class(type(value))
+        value._penstock = entry  # type: ignore[attr-defined]
+        return value
 
     # ---- autograd ------------------------------------------------------------------------------
 
-    def saving(self) -> Any:  # noqa: ANN401
-        """Have autograd remember weights by name, not by address, inside the block."""
-        if not torch.is_grad_enabled():
-            return ExitStack()
+    def saving(self) -> AbstractContextManager[Any]:
+        """Have autograd remember weights by name, not by address, inside the block.
+
+        In any case, since code inside may turn gradients on.
+        """
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401

@@ -23,9 +23,6 @@ PagesOfSteps = Sequence[Sequence[int]]
 class ModelMemory(ABC):
     """The memory of one model."""
 
-    keeps_addresses_valid = True
-    """Whether a tensor can be read at any time, if slowly, whatever is in place."""
-
     def __init__(self, pager: Pager, region: Region) -> None:
         self.pager = pager
         self.region = region
@@ -154,7 +151,6 @@ class FramesMemory(ModelMemory):
         Where the bytes come from.
     """
 
-    keeps_addresses_valid = False
     region_core: _core.FramesRegion
 
     def __init__(self, pager: Pager, tier: _core.HostTier) -> None:

@@ -377,9 +377,8 @@ class Runner:
         self._streamer.begin_pass(self._stream())
         self._in_pass = True
         self._loaded_before = self._streamer.stats().loaded_bytes
-        if not self._memory.keeps_addresses_valid:
-            self._saving = self._guard.saving()
-            self._saving.__enter__()
+        self._saving = self._guard.saving()
+        self._saving.__enter__()
         if order is None:
             self._guard.open(self._entries)
             self._observer = ReadObserver(self._by_address, self._read)
