@@ -130,13 +130,14 @@ class Baseline:
     def figures(self, loading: Watch, running: Watch) -> dict[str, int]:
         """Return the most that was in use on top while loading and while running.
 
-        `vram_bytes` is the driver's count (cudaMemGetInfo); `vram_torch_bytes` is what of it
-        torch's own allocator held, that is activations and weights that torch allocated.
+        `vram_bytes` is the driver's count (cudaMemGetInfo), 0 for the CPU; `vram_torch_bytes` is
+        what of it torch's own allocator held, that is activations and weights that torch allocated.
         `host_system_bytes` is what the system as a whole had less to give, which counts pinned
         memory that no process's figures show.
         """
         return {
             "vram_bytes": running.device_bytes - self.device_bytes,
+            "vram_loading_bytes": max(0, loading.device_bytes - self.device_bytes),
             "vram_torch_bytes": torch_reserved_bytes() - self.torch_bytes,
             "host_resident_bytes": running.resident_bytes,
             "host_peak_bytes": max(loading.resident_bytes, running.resident_bytes),

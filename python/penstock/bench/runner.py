@@ -82,7 +82,7 @@ def run_case(kind: str, options: CaseOptions, time_limit: float) -> dict[str, An
         out, err = process.communicate(timeout=time_limit)
     except subprocess.TimeoutExpired:
         _kill(process)
-        return {"failed": f"not done after {time_limit:.0f} s"}
+        return {"failed": f"not done after {time_limit:g} s"}
     except BaseException:
         _kill(process)
         raise

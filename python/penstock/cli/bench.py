@@ -88,30 +88,31 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"{format_bytes(nbytes)} in {len(told.files())} files",
             "",
         )
+        found: dict[str, Any] = {
+            "machine": machine,
+            "model": {
+                "layers": plan.layers,
+                "hidden": plan.hidden,
+                "vocabulary": plan.vocabulary,
+                "nbytes": nbytes,
+            },
+            "sizes": asdict(sizes),
+            "rows": [],
+        }
+
+        def tell(row: Row) -> None:
+            say(f"  {row['case']}: {_outcome(row)}")
+            found["rows"].append(row)
+            _write(found, options.json_file)  # whatever ends the run leaves what was measured
+
         rows = run_cases(
-            cases,
-            told,
-            long_prompt=plan.long_prompt,
-            time_limit=options.time_limit,
-            tell=lambda row: say(f"  {row['case']}: {_outcome(row)}"),
+            cases, told, long_prompt=plan.long_prompt, time_limit=options.time_limit, tell=tell
         )
     claims = judge(rows, plan.no_speed)
-    say("", *table(list(rows.values())), "", *LEGEND, "", *claim_lines(claims))
-    found: dict[str, Any] = {
-        "machine": machine,
-        "model": {
-            "layers": plan.layers,
-            "hidden": plan.hidden,
-            "vocabulary": plan.vocabulary,
-            "nbytes": nbytes,
-        },
-        "sizes": asdict(sizes),
-        "rows": list(rows.values()),
-        "claims": [asdict(claim) for claim in claims],
-        "ok": all(claim.holds is not False for claim in claims),
-    }
-    if options.json_file is not None:
-        options.json_file.write_text(json.dumps(found, indent=2, default=str) + "\n")
+    say("", *table(found["rows"]), "", *LEGEND, "", *claim_lines(claims))
+    found["claims"] = [asdict(claim) for claim in claims]
+    found["ok"] = all(claim.holds is not False for claim in claims)
+    _write(found, options.json_file)
     return found
 
 
@@ -178,6 +179,11 @@ def _plan(options: argparse.Namespace) -> _Plan:
         vocabulary=options.vocabulary or shape["vocabulary"],
         long_prompt=_long_prompt(options.long_prompt),
     )
+
+
+def _write(found: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
 
 def _outcome(row: Row) -> str:
