@@ -11,14 +11,13 @@ from penstock.bench.options import CaseOptions
 __all__ = ["PEERS", "Case", "Sizes", "catalogue", "select"]
 
 PEERS = (
-    "triple-buffer",
     "accelerate",
     "diffusers-block",
     "diffusers-block-record",
     "diffusers-leaf",
     "diffusers-leaf-record",
 )
-"""Whom Penstock is to be faster than."""
+"""Libraries that Penstock is to be faster than."""
 
 
 @dataclass(frozen=True)
