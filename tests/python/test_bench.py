@@ -55,8 +55,9 @@ def options(tmp_path: Path, **changed: Any) -> CaseOptions:
 
 @needs_transformers
 def test_quick_run_prints_a_table_and_writes_the_same_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine
     file = tmp_path / "bench.json"
     arguments = ["bench", "--quick", "--device", "cpu", "--layers", "4", "--json", str(file)]
     assert main([*arguments, "--directory", str(tmp_path)]) == 0
