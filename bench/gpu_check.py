@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import penstock
-from llama import build, llama_config, resident_model, write_checkpoint
 from penstock import _core
+from penstock.bench.models import build, llama_config, resident_model, write_checkpoint
 from penstock.sizes import format_bytes, parse_bytes
 from unified_memory_counters import Counters
 

@@ -101,6 +101,8 @@ def test_version(shell: Shell) -> None:
         ["doctor", "--cap", "1GiB"],
         ["demo", "--cap", "-1"],
         ["demo", "--speed", "9"],
+        ["bench", "--json"],
+        ["bench", "--cap", "much"],
     ],
     ids=" ".join,
 )
@@ -111,7 +113,7 @@ def test_wrong_usage_is_code_2_with_a_hint(arguments: list[str], shell: Shell) -
     assert shell.out == ""
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "demo", "bench"])
 def test_help_of_every_command(command: str, shell: Shell) -> None:
     assert shell.run(command, "--help") == 0
     assert f"usage: penstock {command}" in shell.out

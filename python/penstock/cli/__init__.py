@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from penstock import _core
-from penstock.cli import demo, doctor, inspect
+from penstock.cli import bench, demo, doctor, inspect
 from penstock.errors import PenstockError
 from penstock.sizes import parse_bytes
 
@@ -83,4 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     added.add_argument("--query", default=demo.QUERY, help="what to rank the sentences against")
     added.set_defaults(run=demo.run)
+
+    text = "Time Penstock beside plain PyTorch and others' offloading, and judge what it promises."
+    added = commands.add_parser("bench", help=text, description=text)
+    bench.add_options(added, _size)
+    added.set_defaults(run=bench.run, json=False)
     return parser

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from penstock.errors import PenstockError
 from penstock.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+__all__ = ["build", "llama_config", "require_transformers", "resident_model", "write_checkpoint"]
+
 SHARD_BYTES = 2 << 30
+
+
+def require_transformers() -> None:
+    """Import transformers, and keep quiet what it logs.
+
+    Raises
+    ------
+    PenstockError
+        If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise PenstockError(
+            f"the benchmark's model needs the package {error.name}: pip install 'penstock[bench]'"
+        ) from None
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def llama_config(layers: int, hidden: int = 4096, vocabulary: int = 32000) -> LlamaConfig:
@@ -29,7 +51,7 @@ def llama_config(layers: int, hidden: int = 4096, vocabulary: int = 32000) -> Ll
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         vocab_size=vocabulary,
-        rope_theta=500000.0,
+        rope_theta=500000.0,  # type: ignore[call-arg]
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
@@ -39,8 +61,10 @@ def build(config: LlamaConfig) -> LlamaForCausalLM:
     """Build the model as transformers does, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    from_config: Callable[..., LlamaForCausalLM] = AutoModelForCausalLM.from_config
+    model = from_config(config, dtype=torch.bfloat16)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def write_checkpoint(config: LlamaConfig, directory: Path, device: str) -> int:
@@ -75,12 +99,22 @@ def write_checkpoint(config: LlamaConfig, directory: Path, device: str) -> int:
     return total
 
 
-def resident_model(config: LlamaConfig, directory: Path, device: str) -> LlamaForCausalLM:
-    """Load the checkpoint the ordinary way, all of it on the device."""
+def resident_model(
+    config: LlamaConfig, directory: Path, device: str, *, private: bool = False
+) -> LlamaForCausalLM:
+    """Load the checkpoint the ordinary way, all of it on the device.
+
+    Parameters
+    ----------
+    private
+        Whether to copy the weights into memory of their own; on the CPU they are views of the
+        mapped files otherwise.
+    """
     model = build_skeleton(lambda: build(config))
     state: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        state.update(load_file(file, device=device))
+        for name, tensor in load_file(file, device=device).items():
+            state[name] = tensor.clone() if private else tensor
     model.load_state_dict(state, assign=True)
     for owner in model.modules():
         for name, buffer in owner._buffers.items():

@@ -1,0 +1,79 @@
+"""Penstock itself as a case. What it is asked for and cannot do yet is a reason, not an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from penstock.bench.models import build
+from penstock.bench.options import CaseOptions
+from penstock.bench.peers import bench_config
+from penstock.bench.subject import Subject, UnavailableError, logits_of
+from penstock.errors import PenstockError
+from penstock.manager import MemoryManager
+
+__all__ = ["load_penstock"]
+
+_SETTLING_PASSES = 4
+
+
+def load_penstock(options: CaseOptions, ids: torch.Tensor, stack: ExitStack) -> Subject:
+    """Register the model, acquire it, and capture its pass on request."""
+    manager = _open_manager(options)
+    config = bench_config(options)
+    manager.register("llama", lambda: build(config), options.checkpoint)
+    stack.callback(manager.unregister, "llama")
+    model = stack.enter_context(manager.use("llama"))
+
+    def figures() -> Mapping[str, Any]:
+        return asdict(manager.stats())
+
+    def pinned() -> int | None:
+        return _pinned_bytes(figures())
+
+    note = f"penstock, {manager.pager.kind} pager" + (f", {options.host}" if options.host else "")
+    if not options.captured:
+        return Subject(lambda ids: logits_of(model(ids)), None, pinned, note, figures=figures)
+
+    for _ in range(_SETTLING_PASSES):
+        model(ids)
+    capture = getattr(manager, "capture", None)
+    if capture is None:
+        raise UnavailableError("this version has no MemoryManager.capture")
+    graph = capture("llama", ids)
+
+    def replay(_: torch.Tensor) -> torch.Tensor:
+        graph.replay()
+        return logits_of(graph.output)
+
+    note = f"{note}, replayed"
+    return Subject(replay, None, pinned, note, launch=lambda: graph.replay(), figures=figures)
+
+
+def _open_manager(options: CaseOptions) -> MemoryManager:
+    """Make the manager: the one place that knows what its options are called."""
+    wanted: dict[str, Any] = {"pager": options.pager}
+    if options.host is not None:
+        wanted["host"] = options.host
+    if options.host_budget is not None:
+        wanted["host_budget"] = options.host_budget
+    try:
+        return MemoryManager(cap=options.cap, device=options.device, progress=False, **wanted)
+    except (TypeError, ValueError, NotImplementedError, PenstockError) as error:
+        asked = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+        raise UnavailableError(f"MemoryManager({asked}): {error}") from None
+
+
+def _pinned_bytes(figures: Mapping[str, Any]) -> int | None:
+    """Find the pinned host memory in a manager's figures, its own or its models'."""
+    for key in ("pinned_bytes", "host_pinned_bytes"):
+        if key in figures:
+            return int(figures[key])
+        models = [model[key] for model in figures["models"].values() if key in model]
+        if models:
+            return sum(map(int, models))
+    return None
