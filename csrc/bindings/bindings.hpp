@@ -31,5 +31,6 @@ void bind_budget(pybind11::module_& module);
 void bind_page_table(pybind11::module_& module);
 void bind_pager(pybind11::module_& module);
 void bind_loader(pybind11::module_& module);
+void bind_host_tier(pybind11::module_& module);
 
 }  // namespace penstock

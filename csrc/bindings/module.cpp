@@ -1,12 +1,14 @@
 #include "bindings/bindings.hpp"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() = "The compiled core of Penstock: devices, budget, page table, pager, loader.";
+  module.doc() =
+      "The compiled core of Penstock: devices, budget, page table, pager, loader, host tiers.";
   module.attr("__version__") = PENSTOCK_VERSION;
   penstock::bind_errors(module);
   penstock::bind_device(module);
   penstock::bind_budget(module);
   penstock::bind_page_table(module);
   penstock::bind_loader(module);
+  penstock::bind_host_tier(module);
   penstock::bind_pager(module);
 }
