@@ -30,7 +30,8 @@ void bind_pager(py::module_& module) {
   py::class_<RegionStats>(module, "RegionStats", "Pages of one region by where they are.")
       .def_readonly("resident_bytes", &RegionStats::resident_bytes)
       .def_readonly("resident_pages", &RegionStats::resident_pages)
-      .def_readonly("pinned_pages", &RegionStats::pinned_pages);
+      .def_readonly("pinned_pages", &RegionStats::pinned_pages)
+      .def_readonly("in_place_bytes", &RegionStats::in_place_bytes);
 
   py::class_<Region, std::shared_ptr<Region>>(module, "Region",
                                               "One range of device addresses, divided into pages.")

@@ -1,8 +1,7 @@
 #include "bindings/bindings.hpp"
 
 PYBIND11_MODULE(_core, module) {
-  module.doc() =
-      "The compiled core of Penstock: devices, budget, page table, planner, pager, loader.";
+  module.doc() = "The compiled core of Penstock.";
   module.attr("__version__") = PENSTOCK_VERSION;
   penstock::bind_errors(module);
   penstock::bind_device(module);

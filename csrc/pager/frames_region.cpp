@@ -219,7 +219,7 @@ void FramesRegion::load(PageIndex index, bool demanded) {
   stats_.loaded_bytes += page_size_;
   if (demanded) ++stats_.demand_loads;
   if (PageObserver* observer = observer_) {
-    observer->on_load(index, 1, start, page.ready, demanded);
+    observer->on_load(index, 1, page_size_, start, page.ready, demanded);
   }
 }
 
@@ -315,6 +315,7 @@ RegionStats FramesRegion::stats() const {
     if (in_place(pages_[i], static_cast<PageIndex>(i))) ++stats.resident_pages;
     if (pages_[i].pins > 0) ++stats.pinned_pages;
   }
+  stats.in_place_bytes = stats.resident_pages * page_size_;
   return stats;
 }
 

@@ -292,6 +292,7 @@ RegionStats ManagedPager::region_stats(const ManagedRegion& region) const {
     ++stats.resident_pages;
     stats.resident_bytes += region.page_nbytes(page);
   }
+  stats.in_place_bytes = stats.resident_bytes;
   return stats;
 }
 

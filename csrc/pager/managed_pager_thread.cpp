@@ -97,7 +97,8 @@ void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex
   PageObserver* observer = region.observer_;
   if (observer == nullptr) return;
   for_each_run(pages, [&](PageIndex first, std::size_t count) {
-    observer->on_load(first, count, start, ready, urgency == Urgency::kDemand);
+    observer->on_load(first, count, run_bytes(region, first, count), start, ready,
+                      urgency == Urgency::kDemand);
   });
 }
 

@@ -25,6 +25,7 @@ struct RegionStats {
   std::size_t resident_bytes = 0;  ///< Device memory that the region holds.
   std::size_t resident_pages = 0;  ///< Pages whose bytes are in place, or under way.
   std::size_t pinned_pages = 0;
+  std::size_t in_place_bytes = 0;  ///< Of the resident pages.
 };
 
 /// Is told what a region does to its pages, on whichever thread does it.
@@ -33,8 +34,8 @@ class PageObserver {
   virtual ~PageObserver() = default;
   /// A load of `count` pages from `first` on was given to the device; `ready` is behind it, and
   /// `start`, where loads are traced, before it.
-  virtual void on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
-                       bool demanded) = 0;
+  virtual void on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
+                       const Event& ready, bool demanded) = 0;
   virtual void on_evict(PageIndex first, std::size_t count) = 0;
 };
 

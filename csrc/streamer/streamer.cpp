@@ -219,10 +219,10 @@ void Streamer::set_trace(bool trace) {
 
 // ---- figures -----------------------------------------------------------------------------------
 
-void Streamer::on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
-                       bool demanded) {
+void Streamer::on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
+                       const Event& ready, bool demanded) {
   const std::lock_guard lock(observed_mutex_);
-  loaded_bytes_ += count * region_->page_size();
+  loaded_bytes_ += nbytes;
   if (demanded) {
     ++misses_;
     demanded_ = true;

@@ -94,8 +94,8 @@ class Streamer : private PageObserver {
     std::unordered_map<StepId, std::vector<StepIndex>> places;  // of each step, ascending
   };
 
-  void on_load(PageIndex first, std::size_t count, const Event& start, const Event& ready,
-               bool demanded) override;
+  void on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
+               const Event& ready, bool demanded) override;
   void on_evict(PageIndex first, std::size_t count) override;
 
   // With mutex_ held.

@@ -190,6 +190,72 @@ class FillJob(metaclass=_BoundType):
     @property
     def done_bytes(self) -> int: ...
 
+# Host tiers; an extent is (file index, file offset, region offset, bytes), ascending by region
+# offset
+
+class HostTierStats(metaclass=_BoundType):
+    @property
+    def pinned_bytes(self) -> int: ...
+    @property
+    def mapped_bytes(self) -> int: ...
+    @property
+    def read_bytes(self) -> int: ...
+
+class HostTier(metaclass=_BoundType):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def page_count(self) -> int: ...
+    def write(self, offset: int, source: Buffer | np.ndarray[Any, Any]) -> None: ...
+    def wait_for(self, limit: timedelta) -> bool: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def done_bytes(self) -> int: ...
+    def read(self, offset: int, nbytes: int) -> bytes: ...
+    @property
+    def address(self) -> int | None: ...
+    def stats(self) -> HostTierStats: ...
+
+class PinnedTier(HostTier):
+    def __init__(
+        self,
+        device: Device,
+        nbytes: int,
+        page_size: int,
+        paths: Sequence[str],
+        extents: Sequence[tuple[int, int, int, int]],
+        threads: int = 0,
+    ) -> None: ...
+
+class MappedTier(HostTier):
+    def __init__(
+        self,
+        device: Device,
+        nbytes: int,
+        page_size: int,
+        paths: Sequence[str],
+        extents: Sequence[tuple[int, int, int, int]],
+        limit: timedelta,
+        threads: int = 0,
+    ) -> None: ...
+
+class StreamTier(HostTier):
+    def __init__(
+        self,
+        device: Device,
+        nbytes: int,
+        page_size: int,
+        paths: Sequence[str],
+        extents: Sequence[tuple[int, int, int, int]],
+        ring_bytes: int,
+        threads: int = 0,
+    ) -> None: ...
+
 # Pager; a stream is the integer of torch.cuda.Stream.cuda_stream, 0 for the default stream
 
 class Access(enum.Enum):
@@ -219,6 +285,8 @@ class RegionStats(metaclass=_BoundType):
     def resident_pages(self) -> int: ...
     @property
     def pinned_pages(self) -> int: ...
+    @property
+    def in_place_bytes(self) -> int: ...
 
 class Region(metaclass=_BoundType):
     @property

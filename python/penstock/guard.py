@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -120,7 +120,7 @@ class Guard:
         self.entries.append(entry)
         self._by_address[entry.storage.data_ptr()] = entry
         tensor._penstock = entry  # type: ignore[attr-defined]
-        tensor.__class__ = entry.guarded
+        _set_class(tensor, entry.guarded)
         return entry
 
     def remove(self) -> None:
@@ -136,7 +136,7 @@ class Guard:
         for entry in entries:
             entry.opened += 1
             if entry.opened == 1 and not entry.gone:
-                entry.tensor.__class__ = entry.plain
+                _set_class(entry.tensor, entry.plain)
                 if not entry.kept:
                     entry.count_before = entry.use_count()
 
@@ -148,7 +148,7 @@ class Guard:
                 continue
             self._settle(entry)
             if not entry.gone:
-                entry.tensor.__class__ = entry.guarded
+                _set_class(entry.tensor, entry.guarded)
 
     def settle(self, entries: Iterable[Entry]) -> None:
         """Look for writes and views as `close` does, but leave the tensors open."""
@@ -180,7 +180,7 @@ class Guard:
         if entry.gone:
             return
         entry.gone = True
-        entry.tensor.__class__ = entry.plain
+        _set_class(entry.tensor, entry.plain)
         self._by_address.pop(entry.storage.data_ptr(), None)
         if entry.tensor.__dict__.get("_penstock") is entry:
             del entry.tensor._penstock  # type: ignore[attr-defined]
@@ -230,7 +230,7 @@ class Guard:
         entry = self._by_address.get(_storage_address(value))
         if entry is None or value is entry.tensor:
             return value
-        value.__class__ = _guarded_class(type(value))
+        _set_class(value, _guarded_class(type(value)))
         value._penstock = entry  # type: ignore[attr-defined]
         return value
 
@@ -328,7 +328,7 @@ class _Guarded:
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
         host = self._penstock.guard.host_copy(self._penstock, self)  # type: ignore[arg-type]
-        return _ordinary(self, host).__reduce_ex__(protocol)
+        return _ordinary(self, host).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def _ordinary(guarded: Any, value: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
@@ -339,7 +339,7 @@ def _ordinary(guarded: Any, value: torch.Tensor) -> torch.Tensor:  # noqa: ANN40
             return value
         made = nn.Parameter(value, requires_grad=guarded.requires_grad)
         if entry.plain is not nn.Parameter:
-            made.__class__ = entry.plain
+            _set_class(made, entry.plain)
         attributes = {k: v for k, v in guarded.__dict__.items() if k != "_penstock"}
         made.__dict__.update(attributes)
         return made
@@ -367,11 +367,16 @@ def _read_all(
     return guard.call(mine, lambda *a, **k: _read_all(others, func, a, k), args, kwargs)
 
 
-@lru_cache(maxsize=None)
-def _guarded_class(plain: type) -> type:
+@cache
+def _guarded_class(plain: type[torch.Tensor]) -> type[torch.Tensor]:
     if issubclass(plain, _Guarded):
         return plain
-    return type(plain)(f"Guarded{plain.__name__}", (_Guarded, plain), {"__module__": __name__})
+    make: Callable[..., type[torch.Tensor]] = type(plain)
+    return make(f"Guarded{plain.__name__}", (_Guarded, plain), {"__module__": __name__})
+
+
+def _set_class(tensor: torch.Tensor, to: type[torch.Tensor]) -> None:
+    tensor.__class__ = to  # type: ignore[assignment]
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

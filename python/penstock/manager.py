@@ -457,7 +457,8 @@ def _frames_held(model: _Model) -> int:
 
 
 def _frames_gained(model: _Model) -> int:
-    return model.memory.frames - _frames_held(model) if model.memory else 0
+    memory = model.memory
+    return memory.frames - memory.frames_held if isinstance(memory, FramesMemory) else 0
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

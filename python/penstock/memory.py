@@ -82,6 +82,7 @@ class ModelMemory(ABC):
         return MemoryStats(
             resident_bytes=held.resident_bytes,
             loaded_bytes=run.loaded_bytes,
+            evicted_bytes=run.loaded_bytes - held.in_place_bytes,
             passes=run.passes,
             steps_run=run.steps,
             misses=run.misses,
@@ -206,4 +207,3 @@ class FramesMemory(ModelMemory):
         held = (ctypes.c_char * nbytes).from_address(address + offset)
         held._tier = self.tier  # type: ignore[attr-defined]
         return torch.frombuffer(held, dtype=torch.uint8)
-

@@ -17,6 +17,10 @@ def _getters(names: str) -> list[Any]:
     return [getattr(torch.Tensor, name).__get__ for name in names.split() if _has(name)]
 
 
+def _setters(names: str) -> list[Any]:
+    return [getattr(torch.Tensor, name).__set__ for name in names.split()]
+
+
 def _methods(names: str) -> list[Any]:
     return [getattr(torch.Tensor, name) for name in names.split() if _has(name)]
 
@@ -36,7 +40,7 @@ METADATA = frozenset(
         "is_nested is_mkldnn is_mps is_xpu is_xla is_ipu is_maia is_vulkan is_mtia _version _base "
         "_cdata _backward_hooks _post_accumulate_grad_hooks"
     )
-    + [torch.Tensor.grad.__set__, torch.Tensor.requires_grad.__set__]  # type: ignore[attr-defined]
+    + _setters("grad requires_grad")
     + _methods(
         "size stride dim ndimension numel nelement element_size storage_offset is_contiguous "
         "is_floating_point is_complex is_signed is_inference is_pinned is_conj is_neg is_shared "
@@ -44,7 +48,9 @@ METADATA = frozenset(
         "is_same_size is_set_to register_hook register_post_accumulate_grad_hook retain_grad "
         "dim_order _is_view _is_zerotensor __hash__"
     )
-    + _functions("is_tensor is_floating_point is_complex is_signed numel is_conj is_neg is_same_size")
+    + _functions(
+        "is_tensor is_floating_point is_complex is_signed numel is_conj is_neg is_same_size"
+    )
 )
 """Ask for shapes, types and the like."""
 

@@ -189,7 +189,7 @@ class Pager:
             return parse_bytes(wanted)
         if self.kind == "managed":
             return PAGE_SIZE
-        # Large enough for the link's full rate, small enough that a ring is a small part of the cap.
+        # Large enough for the link's full rate, small enough for a ring to be a small part.
         size = self.core_device.info().frame_granularity
         while size < FRAME_SIZE and size * 2 * 16 <= self.cap:
             size *= 2

@@ -174,7 +174,7 @@ class Runner:
 
     def least_frames(self) -> int:
         """Return the fewest pages that have to be in place at once."""
-        orders = self._planned_for or [self._followed]
+        orders: list[Order | None] = [*self._planned_for] or [self._followed]
         pages = [used for order in orders if order for used in self._pages_in_use(order)]
         return _core.least_frames(self._memory.page_count, pages)
 
@@ -410,7 +410,7 @@ class Runner:
             self._improve(steady)
 
     def _improve(self, steady: bool) -> None:
-        """Plan for the order that is followed, then by times, then run freely if all is in place."""
+        """Plan for the order that is followed, then by times; run freely if all is in place."""
         order = self._followed
         assert order is not None
         self._repeats = self._repeats + 1 if self._previous is order else 0
@@ -520,4 +520,3 @@ class Runner:
             tensors = {i for each in (step, *outer) for i in self._steps.tensors(each)}
             found[place] = sorted({page for i in tensors for page in self._entries[i].pages})
         return [found[place] for place in order.places]
-

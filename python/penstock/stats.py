@@ -49,8 +49,8 @@ class MemoryStats:
         Host memory that holds its weights: of its own, and of the page cache.
     host_tier
         Where its weights wait on the host; empty with managed memory.
-    loaded_bytes
-        Loaded so far.
+    loaded_bytes, evicted_bytes
+        Loaded so far; and of that, dropped or overwritten.
     passes
         Calls of an entry point so far, but for those that ran with everything in place.
     steps_run, misses, unscheduled
@@ -71,6 +71,7 @@ class MemoryStats:
     mapped_bytes: int = 0
     host_tier: str = ""
     loaded_bytes: int = 0
+    evicted_bytes: int = 0
     passes: int = 0
     steps_run: int = 0
     misses: int = 0
@@ -135,6 +136,11 @@ class ManagerStats:
     def loaded_bytes(self) -> int:
         """Bytes loaded so far by the models that are registered."""
         return sum(model.memory.loaded_bytes for model in self.models.values())
+
+    @property
+    def evicted_bytes(self) -> int:
+        """Bytes of them that were dropped or overwritten."""
+        return sum(model.memory.evicted_bytes for model in self.models.values())
 
     def __str__(self) -> str:
         lines = [

@@ -118,7 +118,7 @@ class _SystemPeak(threading.Thread):
         before = self._manager.stats()
         while not self._ended.wait(0.001):
             after = self._manager.stats()
-            counted = before.models[self._name].system_resident_bytes
+            counted = before.models[self._name].memory.system_resident_bytes
             if counted is not None and before.evicted_bytes == after.evicted_bytes:
                 self.nbytes = max(counted, self.nbytes or 0)
             before = after
