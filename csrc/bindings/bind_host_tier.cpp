@@ -73,6 +73,8 @@ void bind_host_tier(py::module_& module) {
           py::arg("offset"), py::arg("source"), "Put bytes in place that no file has.")
       .def("wait_for", &HostTier::wait_for, py::arg("limit"), without_gil,
            "Wait up to a time limit; return whether pages can be fetched.")
+      .def("expect", &HostTier::expect, py::arg("order"), without_gil,
+           "Say which pages will be fetched, in order, over and over.")
       .def_property_readonly("total_bytes", &HostTier::total_bytes)
       .def_property_readonly("done_bytes", &HostTier::done_bytes)
       .def("read", &read_bytes, py::arg("offset"), py::arg("nbytes"), "Copy bytes out.")

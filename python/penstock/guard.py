@@ -183,7 +183,7 @@ class Guard:
         _set_class(entry.tensor, entry.plain)
         self._by_address.pop(entry.storage.data_ptr(), None)
         if entry.tensor.__dict__.get("_penstock") is entry:
-            del entry.tensor._penstock  # type: ignore[attr-defined]
+            del entry.tensor._penstock
 
     # ---- operations outside of steps -----------------------------------------------------------
 
@@ -322,7 +322,7 @@ class _Guarded:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = _ordinary(self, self._penstock.guard.clone(self._penstock, self))  # type: ignore[arg-type]
+            memo[id(self)] = _ordinary(self, self._penstock.guard.clone(self._penstock, self))
         copied: torch.Tensor = memo[id(self)]
         return copied
 
@@ -376,7 +376,7 @@ def _guarded_class(plain: type[torch.Tensor]) -> type[torch.Tensor]:
 
 
 def _set_class(tensor: torch.Tensor, to: type[torch.Tensor]) -> None:
-    tensor.__class__ = to  # type: ignore[assignment]
+    tensor.__class__ = to
 
 
 def _storage_address(tensor: torch.Tensor) -> int:

@@ -353,7 +353,7 @@ class MemoryManager:
             return format_schedule(model.runner.schedule() if model.runner else [])
 
     def set_cap(self, cap: int | str) -> None:
-        """Change the cap. Where more is held than that, models give way first, idle ones before others.
+        """Change the cap. Where more is held than that, models give way first, idle ones first.
 
         Raises
         ------

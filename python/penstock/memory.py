@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from penstock import _core
 from penstock.errors import CapExceededError
@@ -70,6 +71,7 @@ class ModelMemory(ABC):
         """Drop all that is not in use."""
         self.region.core.evict(self.all_pages)
 
+    @abstractmethod
     def set_active(self, active: bool) -> None:
         """Say whether the model is in use; others take its pages only when they must."""
 
@@ -118,6 +120,7 @@ class ManagedMemory(ModelMemory):
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
 
+    @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
         if not steps or frames == 0:
@@ -127,18 +130,23 @@ class ManagedMemory(ModelMemory):
         except CapExceededError:  # the pager says it better, when the step is run
             self.plan = None
 
+    @override
     def fits(self) -> bool:
         return self.region.nbytes <= self.pager.cap
 
+    @override
     def set_active(self, active: bool) -> None:
         self.pager.core.set_active(self.region_core, active)
 
+    @override
     def _own_stats(self) -> dict[str, Any]:
         return {"system_resident_bytes": self.region_core.resident_bytes()}
 
+    @override
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
         """Do nothing: managed memory keeps what is written."""
 
+    @override
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         return self.region.tensor(offset, (nbytes,), torch.uint8)
 
@@ -162,6 +170,7 @@ class FramesMemory(ModelMemory):
         self.frames = self.page_count  # that it may hold
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
 
+    @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = min(self.frames, self.page_count)
         plan = self.pager.plan(self.page_count, steps, frames, seconds)
@@ -170,9 +179,9 @@ class FramesMemory(ModelMemory):
             self.region_core.arrange(plan.slot, plan.ring)
             self._arranged = arranged
         self.plan = plan
-        resident = set(plan.resident)
-        self.tier.expect([page for pages in steps for page in pages if page not in resident])
+        self.tier.expect([page for page, _ in plan.loads])
 
+    @override
     def fits(self) -> bool:
         return self.plan is not None and self.plan.ring == 0
 
@@ -181,6 +190,7 @@ class FramesMemory(ModelMemory):
         """Frames that it holds now."""
         return self.region_core.frame_count
 
+    @override
     def _own_stats(self) -> dict[str, Any]:
         tier = self.tier.stats()
         return {
@@ -191,13 +201,20 @@ class FramesMemory(ModelMemory):
             "ring_bytes": self.plan.ring * self.pager.page_size if self.plan else 0,
         }
 
+    @override
     def evict(self) -> None:
         super().evict()
         self._arranged = None
 
+    @override
+    def set_active(self, active: bool) -> None:
+        """Do nothing: frames are divided among the models in use."""
+
+    @override
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
         self.region_core.write_back(offset, nbytes, stream)
 
+    @override
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)

@@ -58,8 +58,8 @@ VIEWS = frozenset(
     _getters("data T mT H mH real imag")
     + _methods(
         "detach alias view view_as t transpose swapaxes swapdims permute movedim moveaxis narrow "
-        "select squeeze unsqueeze unflatten expand expand_as as_strided diagonal unfold split chunk "
-        "tensor_split unbind adjoint __iter__"
+        "select squeeze unsqueeze unflatten expand expand_as as_strided diagonal unfold split "
+        "chunk tensor_split unbind adjoint __iter__"
     )
     + _functions(
         "detach t transpose swapaxes swapdims permute movedim moveaxis narrow select squeeze "

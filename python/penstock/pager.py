@@ -15,7 +15,7 @@ from penstock.sizes import parse_bytes
 __all__ = ["Pager", "Region", "open_device"]
 
 PAGE_SIZE = 2 << 20
-"""Bytes of a managed page: what GPU drivers migrate at once, the largest that a kernel maps whole."""
+"""Bytes of a managed page: what drivers migrate at once, the largest that a kernel maps whole."""
 
 FRAME_SIZE = 32 << 20
 """Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
