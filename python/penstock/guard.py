@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -322,12 +322,13 @@ class _Guarded:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = _ordinary(self, self._penstock.guard.clone(self._penstock, self))
+            values = self._penstock.guard.clone(self._penstock, cast(torch.Tensor, self))
+            memo[id(self)] = _ordinary(self, values)
         copied: torch.Tensor = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
-        host = self._penstock.guard.host_copy(self._penstock, self)  # type: ignore[arg-type]
+        host = self._penstock.guard.host_copy(self._penstock, cast(torch.Tensor, self))
         return _ordinary(self, host).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 

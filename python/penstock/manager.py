@@ -8,12 +8,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from penstock import _core
 from penstock.binding import Binding
+from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
 from penstock.host import HOST_TIERS, open_tier
@@ -25,6 +28,7 @@ from penstock.runner import Runner
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
+from penstock.trace import write_trace
 from penstock.weights import find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
@@ -65,6 +69,8 @@ class MemoryManager:
         Bytes of host memory that one model may take, or a text; None for what is free.
     page_size
         Bytes of a page; see `Pager`.
+    trace
+        Whether times are taken of every step and load, for `timeline`.
     verify
         Whether every load is compared with its source, and pages that were used are overwritten.
         Slow; for tests.
@@ -91,6 +97,7 @@ class MemoryManager:
         host: str = "auto",
         host_budget: int | str | None = None,
         page_size: int | str | None = None,
+        trace: bool = False,
         verify: bool = False,
         progress: bool | None = None,
     ) -> None:
@@ -99,6 +106,7 @@ class MemoryManager:
         self._pager = Pager(cap=cap, device=device, kind=pager, page_size=page_size)
         self._host = host
         self._host_budget = None if host_budget is None else parse_bytes(host_budget)
+        self._trace = trace
         self._verify = verify
         self._progress = progress
         self._uses = 0
@@ -195,7 +203,7 @@ class MemoryManager:
         with torch.inference_mode(False):  # its tensors keep no count of their changes
             region = memory.region if memory else None
             binding = Binding(module, placements, region, self.device)
-            runner = Runner(name, binding, memory) if memory else None
+            runner = Runner(name, binding, memory, trace=self._trace) if memory else None
         return _Model(binding, memory, runner)
 
     def unregister(self, name: str) -> None:
@@ -339,6 +347,54 @@ class MemoryManager:
                 except CapExceededError:
                     return  # no room worth having
             model.runner.prefetch()
+
+    def capture(self, name: str, *args: Any, **kwargs: Any) -> CapturedPass:  # noqa: ANN401
+        """Capture one call of an acquired model in a CUDA graph, its copies included.
+
+        The model is called a few times first, until its plan is settled.
+
+        Parameters
+        ----------
+        args, kwargs
+            What it is called with. Tensors are copied; `CapturedPass.replay` takes new values.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, it is not acquired, or its memory cannot be captured.
+        ScheduleError
+            If the model takes other steps with each call.
+        """
+        with self._lock:
+            model = self._find(name)
+            if model.acquired == 0:
+                raise ModelError(f"model {name!r} is not acquired; capture it inside `use`")
+            if model.memory is None or model.runner is None:
+                raise ModelError(f"model {name!r} has no weights to stream")
+            return CapturedPass(model.runner, model.memory, args, kwargs)
+
+    def timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write what was traced as a Chrome trace, for chrome://tracing or Perfetto.
+
+        Parameters
+        ----------
+        path
+            The JSON file to write.
+
+        Raises
+        ------
+        ValueError
+            If the manager was not made with `trace=True`.
+        """
+        if not self._trace:
+            raise ValueError("nothing was traced: make the manager with trace=True")
+        with self._lock:
+            spans = {
+                name: [(span, model.runner.step_name) for span in model.memory.streamer.timeline()]
+                for name, model in self._models.items()
+                if model.memory is not None and model.runner is not None
+            }
+        write_trace(Path(path), spans)
 
     def schedule(self, name: str) -> str:
         """Return the table of upcoming operations: each step, what it reads, on which pages.

@@ -168,6 +168,7 @@ class FramesMemory(ModelMemory):
         self.region_core = core
         self.tier = tier
         self.frames = self.page_count  # that it may hold
+        self.generation = 0  # how often pages were given other places
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
 
     @override
@@ -178,6 +179,7 @@ class FramesMemory(ModelMemory):
         if arranged != self._arranged:
             self.region_core.arrange(plan.slot, plan.ring)
             self._arranged = arranged
+            self.generation += 1
         self.plan = plan
         self.tier.expect([page for page, _ in plan.loads])
 
@@ -205,6 +207,7 @@ class FramesMemory(ModelMemory):
     def evict(self) -> None:
         super().evict()
         self._arranged = None
+        self.generation += 1
 
     @override
     def set_active(self, active: bool) -> None:

@@ -12,8 +12,8 @@ One model runs in one thread at a time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any
 
@@ -94,15 +94,19 @@ class Runner:
     ----------
     name
         The model's, for messages.
+    trace
+        Whether times are taken of every step and load.
     """
 
-    def __init__(self, name: str, binding: Binding, memory: ModelMemory) -> None:
+    def __init__(
+        self, name: str, binding: Binding, memory: ModelMemory, *, trace: bool = False
+    ) -> None:
         self._name = name
         self._binding = binding
         self._memory = memory
         self._streamer = memory.streamer
         self._stream = memory.pager.stream
-        self.capturing = False
+        self._capturing = False
 
         self._modules = list(binding.module.modules())
         ids = {id(module): i for i, module in enumerate(self._modules)}
@@ -135,7 +139,8 @@ class Runner:
         self._previous: Order | None = None  # followed by the pass before
         self._repeats = 0
         self._phase = _Phase.PLANNED
-        self.tracing = False
+        self._tracing = trace
+        self._streamer.set_trace(trace)
         self._in_pass = False
         self._error_before: BaseException | None = None
         self._calls: list[_Call] = []
@@ -179,9 +184,27 @@ class Runner:
         return _core.least_frames(self._memory.page_count, pages)
 
     @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._binding.module
+
+    @property
     def settled(self) -> bool:
         """Whether the plan is final for the order that is followed."""
-        return self._phase is _Phase.SETTLED
+        return self._free or (
+            self._phase is _Phase.SETTLED and self._planned_for == [self._followed]
+        )
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Let the next pass be captured in a graph, with all it loads."""
+        self._capturing = True
+        self._streamer.set_capturing(True)
+        try:
+            yield
+        finally:
+            self._capturing = False
+            self._streamer.set_capturing(False)
 
     @property
     def running(self) -> bool:
@@ -362,7 +385,7 @@ class Runner:
 
     def _begin_pass(self, entry: int) -> None:
         self._binding.warn_if_moved()
-        if not self.capturing and self._memory.pager.capturing():
+        if not self._capturing and self._memory.pager.capturing():
             raise ScheduleError(
                 f"model {self._name!r} streams, so a graph of it is captured by "
                 "MemoryManager.capture, which has its copies captured too"
@@ -406,7 +429,7 @@ class Runner:
                 self._orders[entry] = Order(tuple(self._called))
                 self._follow(self._orders[entry])
         self._streamer.end_pass(self._stream())
-        if not failed and not self.capturing:
+        if not failed and not self._capturing:
             self._improve(steady)
 
     def _improve(self, steady: bool) -> None:
@@ -436,7 +459,7 @@ class Runner:
             self._streamer.set_trace(True)
             self._phase = _Phase.TRACING
         elif self._phase is _Phase.TRACING:
-            self._streamer.set_trace(self.tracing)
+            self._streamer.set_trace(self._tracing)
             self._phase = _Phase.TRACED
         elif self._phase is _Phase.TRACED:
             seconds = self._streamer.step_seconds()
@@ -452,7 +475,7 @@ class Runner:
             return
         core.begin(pages, self._stream())
         self._guard.open(self._entries)
-        self._streamer.set_trace(self.tracing)
+        self._streamer.set_trace(self._tracing)
         self._free = True
         self._hook([0, *(entry for entry in self._orders if entry != 0)])
 

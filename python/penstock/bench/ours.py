@@ -18,8 +18,6 @@ from penstock.manager import MemoryManager
 
 __all__ = ["load_penstock"]
 
-_SETTLING_PASSES = 4
-
 
 def load_penstock(options: CaseOptions, ids: torch.Tensor, stack: ExitStack) -> Subject:
     """Register the model, acquire it, and capture its pass on request."""
@@ -29,29 +27,36 @@ def load_penstock(options: CaseOptions, ids: torch.Tensor, stack: ExitStack) -> 
     stack.callback(manager.unregister, "llama")
     model = stack.enter_context(manager.use("llama"))
 
+    replayed = 0  # bytes that replays have loaded, of which the host has no count
+
     def figures() -> Mapping[str, Any]:
-        return asdict(manager.stats())
+        stats = manager.stats()
+        return {
+            "loaded_bytes": stats.loaded_bytes + replayed,
+            "peak": stats.peak,
+            "cap": stats.cap,
+            "memory": asdict(stats.models["llama"].memory),
+        }
 
     def pinned() -> int | None:
-        return _pinned_bytes(figures())
+        return manager.stats().models["llama"].memory.pinned_bytes
 
     note = f"penstock, {manager.pager.kind} pager" + (f", {options.host}" if options.host else "")
     if not options.captured:
         return Subject(lambda ids: logits_of(model(ids)), None, pinned, note, figures=figures)
 
-    for _ in range(_SETTLING_PASSES):
-        model(ids)
-    capture = getattr(manager, "capture", None)
-    if capture is None:
-        raise UnavailableError("this version has no MemoryManager.capture")
-    graph = capture("llama", ids)
+    graph = manager.capture("llama", ids)
+
+    def launch() -> None:
+        nonlocal replayed
+        graph.replay()
+        replayed += graph.loaded_bytes
 
     def replay(_: torch.Tensor) -> torch.Tensor:
-        graph.replay()
+        launch()
         return logits_of(graph.output)
 
-    note = f"{note}, replayed"
-    return Subject(replay, None, pinned, note, launch=lambda: graph.replay(), figures=figures)
+    return Subject(replay, None, pinned, f"{note}, replayed", launch=launch, figures=figures)
 
 
 def _open_manager(options: CaseOptions) -> MemoryManager:
@@ -66,14 +71,3 @@ def _open_manager(options: CaseOptions) -> MemoryManager:
     except (TypeError, ValueError, NotImplementedError, PenstockError) as error:
         asked = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
         raise UnavailableError(f"MemoryManager({asked}): {error}") from None
-
-
-def _pinned_bytes(figures: Mapping[str, Any]) -> int | None:
-    """Find the pinned host memory in a manager's figures, its own or its models'."""
-    for key in ("pinned_bytes", "host_pinned_bytes"):
-        if key in figures:
-            return int(figures[key])
-        models = [model[key] for model in figures["models"].values() if key in model]
-        if models:
-            return sum(map(int, models))
-    return None
