@@ -51,11 +51,11 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
 FramesRegion::~FramesRegion() {
   const std::lock_guard lock(mutex_);
   settle_copies();
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    if (pages_[i].place == kNowhere) continue;
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
+    if (pages_[page].place == kNowhere) continue;
     try {
-      quiesce(pages_[i]);
-      unmap(static_cast<PageIndex>(i));
+      quiesce(page);
+      unmap(page);
     } catch (const std::exception& error) {
       device_->suppress(error.what());
     }
@@ -77,13 +77,18 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another
+  PageIndex failed = kNobody;
   try {
     for (const PageIndex page : pages) {
       if (!in_place(pages_[page], page)) demand(page);
     }
-    order_after_loads(pages, stream);
+    for (const PageIndex page : pages) {
+      failed = page;
+      order_after_load(pages_[page], stream);
+    }
   } catch (...) {
     unpin(pages);
+    if (failed != kNobody) forget(failed);
     throw;
   }
   ++uses_;
@@ -93,24 +98,15 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   }
 }
 
-void FramesRegion::order_after_loads(const std::vector<PageIndex>& pages, StreamHandle stream) {
-  for (std::size_t i = 0; i < pages.size(); ++i) {
-    Page& page = pages_[pages[i]];
-    if (!page.ready) continue;
-    try {
-      // Asked before waiting, so that an error of the load has surfaced before it is forgotten. A
-      // capture cannot ask.
-      const bool over = !capturing_ && device_->event_done(page.ready->get());
-      device_->event_wait(stream, page.ready->get());
-      if (over) page.ready.reset();
-    } catch (...) {
-      // A load that failed on its stream left the place without the bytes: it is done anew.
-      for (; i < pages.size(); ++i) {
-        const Page& lost = pages_[pages[i]];
-        if (lost.ready) places_[lost.place].owner = kNobody;
-      }
-      throw;
-    }
+void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
+  if (!page.ready) return;
+  // A load that is over is waited for here: that tells at once whether it failed, where a stream
+  // would tell later, somewhere else. A capture cannot ask.
+  if (!capturing_ && device_->event_done(page.ready->get())) {
+    device_->event_synchronize(page.ready->get());
+    page.ready.reset();
+  } else {
+    device_->event_wait(stream, page.ready->get());
   }
 }
 
@@ -118,15 +114,21 @@ void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
   for (const PageIndex page : pages) --pages_[page].pins;
 }
 
+void FramesRegion::forget(PageIndex index) {
+  const Page& page = pages_[index];
+  if (page.pins == 0 && in_place(page, index)) places_[page.place].owner = kNobody;
+}
+
 void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
-  for (const PageIndex page : pages) {
-    if (pages_[page].pins == 0) {
-      throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
-    }
-  }
   if (pages.empty()) return;
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    const PageIndex page = pages[i];
+    if (pages_[page].pins-- > 0) continue;
+    for (++i; i > 0; --i) ++pages_[pages[i - 1]].pins;
+    throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
+  }
   Event use;
   try {
     use = events_.record(stream);
@@ -138,7 +140,6 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     } catch (const std::exception& second) {
       device_->suppress(second.what());
     }
-    unpin(pages);
     throw;
   }
   for (const PageIndex index : pages) {
@@ -146,7 +147,6 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     note_reader(page.readers, stream, use);
     note_reader(places_[page.place].readers, stream, use);
   }
-  unpin(pages);
   if (!verify_) return;
   for (const PageIndex index : pages) {
     const Page& page = pages_[index];
@@ -218,9 +218,7 @@ void FramesRegion::load(PageIndex index, bool demanded) {
   page.used = false;
   stats_.loaded_bytes += page_size_;
   if (demanded) ++stats_.demand_loads;
-  if (PageObserver* observer = observer_) {
-    observer->on_load(index, 1, start, page.ready, demanded);
-  }
+  notify_load(index, 1, start, page.ready, demanded);
 }
 
 void FramesRegion::order_after_readers(Place& place) {
@@ -242,15 +240,14 @@ void FramesRegion::copy_in(PageIndex page, const std::vector<Piece>& pieces) {
 }
 
 void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces) {
-  std::vector<std::byte> found(page_size_);
-  device_->copy(found.data(), address_of(page), page_size_, copies_.get());
+  loaded_.resize(page_size_);
+  device_->copy(loaded_.data(), address_of(page), page_size_, copies_.get());
   device_->stream_synchronize(copies_.get());
   for (const Piece& piece : pieces) {
-    if (std::memcmp(found.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
+    if (std::memcmp(loaded_.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
     throw DeviceError("copy", 0,
                       "page " + std::to_string(page) +
-                          " differs from its source after it was "
-                          "loaded, within " +
+                          " differs from its source after it was loaded, within " +
                           std::to_string(piece.nbytes) + " bytes at " +
                           std::to_string(piece.offset));
   }
@@ -258,10 +255,16 @@ void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces)
 
 void FramesRegion::poison(Place& place) {
   if (place.owner == kNobody) return;
-  std::byte* target = address_of(place.owner);
+  const PageIndex owner = place.owner;
   place.owner = kNobody;
   order_after_readers(place);
-  device_->fill(target, kPoison, page_size_, copies_.get());
+  device_->fill(address_of(owner), kPoison, page_size_, copies_.get());
+  try {
+    pages_[owner].ready = events_.record(copies_.get());
+  } catch (...) {
+    settle_copies();
+    throw;
+  }
 }
 
 void FramesRegion::demand(PageIndex index) {
@@ -274,7 +277,7 @@ void FramesRegion::demand(PageIndex index) {
     }
     const PlaceIndex target = find_place();
     if (page.place != kNowhere) {
-      quiesce(page);
+      quiesce(index);
       unmap(index);
     }
     map(index, target);
