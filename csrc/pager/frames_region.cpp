@@ -227,6 +227,8 @@ void FramesRegion::order_after_readers(Place& place) {
   for (const auto& reader : place.readers) {
     device_->event_wait(copies_.get(), reader.second->get());
   }
+  // What a reader failed at is not the copy's failure: it goes with this record, which nobody asks.
+  if (!place.readers.empty()) events_.record(copies_.get());
   place.readers.clear();
 }
 
@@ -245,11 +247,10 @@ void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces)
   device_->stream_synchronize(copies_.get());
   for (const Piece& piece : pieces) {
     if (std::memcmp(loaded_.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
-    throw DeviceError("copy", 0,
-                      "page " + std::to_string(page) +
-                          " differs from its source after it was loaded, within " +
-                          std::to_string(piece.nbytes) + " bytes at " +
-                          std::to_string(piece.offset));
+    throw DeviceError(
+        "copy", 0,
+        "page " + std::to_string(page) + " differs from its source after it was loaded, within " +
+            std::to_string(piece.nbytes) + " bytes at " + std::to_string(piece.offset));
   }
 }
 

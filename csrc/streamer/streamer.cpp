@@ -219,8 +219,8 @@ void Streamer::begin(StepId id, StreamHandle stream) {
 
 void Streamer::end(StepId id, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  const auto found = std::find_if(open_.rbegin(), open_.rend(),
-                                  [&](const Open& open) { return open.id == id; });
+  const auto found =
+      std::find_if(open_.rbegin(), open_.rend(), [&](const Open& open) { return open.id == id; });
   if (found == open_.rend()) {
     throw ScheduleError("end: step " + std::to_string(id) + " was not begun");
   }

@@ -1,3 +1,5 @@
+#include "frame_pool/frame_pool.hpp"
+
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -7,7 +9,6 @@
 
 #include "device/faulty_device.hpp"
 #include "error/error.hpp"
-#include "frame_pool/frame_pool.hpp"
 #include "support/pager_setup.hpp"
 #include "support/spying_device.hpp"
 

@@ -51,8 +51,8 @@ TEST(FramesArrange, PagesInPlaceStaySoWithoutBeingLoadedAgain) {
   setup.region->arrange(arranged(12, 6, 2));
   for (PageIndex page = 0; page < 6; ++page) EXPECT_TRUE(reads_right(setup, {page}));
   for (const auto& [own, ring] : {std::pair(8, 3), std::pair(6, 1), std::pair(10, 2)}) {
-    setup.region->arrange(arranged(12, static_cast<std::size_t>(own),
-                                   static_cast<std::size_t>(ring)));
+    setup.region->arrange(
+        arranged(12, static_cast<std::size_t>(own), static_cast<std::size_t>(ring)));
     for (PageIndex page = 0; page < 6; ++page) EXPECT_TRUE(reads_right(setup, {page}));
     EXPECT_EQ(setup.loads(), 6U);
   }
@@ -118,9 +118,9 @@ TEST(FramesArrange, ContradictionsAreRefused) {
   bad.slot[3] = 2;
   EXPECT_THROW(setup.region->arrange(bad), std::invalid_argument);
   EXPECT_EQ(setup.used_pages(), 0U);
-  EXPECT_THROW(FramesRegion::create(FramePool::create(setup.device, setup.budget, 2 * kPage),
-                                    setup.tier),
-               std::invalid_argument);
+  EXPECT_THROW(
+      FramesRegion::create(FramePool::create(setup.device, setup.budget, 2 * kPage), setup.tier),
+      std::invalid_argument);
 }
 
 TEST(FramesArrange, WaitsForReadersOfPagesThatMove) {
@@ -245,7 +245,8 @@ TEST(FramesRegion, PagesOfOneStepOnOneSlotAreMovedApart) {
 TEST(FramesRegion, CollisionTakesAnExtraFrameBeforeThatOfAResidentPage) {
   FramesSetup setup(4, 6);
   setup.region->arrange(arranged(6, 2, 1));
-  EXPECT_TRUE(reads_right(setup, {2, 3}));  // not on frames of pages 0 and 1, though these are empty
+  EXPECT_TRUE(
+      reads_right(setup, {2, 3}));  // not on frames of pages 0 and 1, though these are empty
   EXPECT_EQ(setup.region->frame_count(), 4U);
   EXPECT_TRUE(reads_right(setup, {0, 1, 2, 3}));
   EXPECT_EQ(setup.loads(), 4U);
@@ -495,9 +496,8 @@ TEST(FramesVerify, FindsACopyThatIsNotItsSource) {
   std::atomic<bool> flip{true};
   setup.spy->after_copy = [&](std::uintptr_t target, std::size_t nbytes, StreamHandle stream) {
     if (!flip.exchange(false)) return;
-    run_on(stream, [target, nbytes] {
-      reinterpret_cast<unsigned char*>(target)[nbytes / 2] ^= 1U;
-    });
+    run_on(stream,
+           [target, nbytes] { reinterpret_cast<unsigned char*>(target)[nbytes / 2] ^= 1U; });
   };
   EXPECT_THROW(setup.region->begin({2}, kCaller), DeviceError);
   EXPECT_EQ(setup.region->stats().pinned_pages, 0U);

@@ -1,6 +1,7 @@
 // The host device under observation: what is asked to be resident is written down, and frames are
 // counted; tests can run work of their own on a stream, hold calls back, and make a load fail late,
-// on its stream, the way a broken link or a disk error shows. Hooks are set before other threads use the device.
+// on its stream, the way a broken link or a disk error shows. Hooks are set before other threads
+// use the device.
 #pragma once
 
 #include <algorithm>
