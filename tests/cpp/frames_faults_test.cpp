@@ -204,6 +204,31 @@ TEST(FramesFaults, LoadThatFailedTakesNothingFromItsNeighbours) {
   EXPECT_EQ(look.looks(), 1);
 }
 
+TEST(FramesFaults, BeginThatFailsTakesNothingFromAnotherReaderOfThePage) {
+  FramesSetup setup(1, 2);
+  const OwnedStream stream(setup.spy);
+  LateLook look(setup.bytes);
+  Gate copying;
+  Gate reading;
+  setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
+    run_on(copies, [&] { copying.wait(); });
+  };
+  setup.region->arrange(arranged(2, 0, 1));
+  setup.region->begin({0}, stream.get());  // not known to be over
+  run_on(stream.get(), [&] { reading.wait(); });
+  copying.open();
+  setup.spy->stream_synchronize(setup.region->copy_stream());
+  setup.device->fail_nth_call_of("event_synchronize", 0);
+  EXPECT_THROW(setup.region->begin({0}, kCaller), DeviceError);
+  EXPECT_EQ(setup.region->load_ahead({1}), 0U);
+  look.look(*setup.region, {0}, stream.get());
+  setup.region->end({0}, stream.get());
+  reading.open();
+  EXPECT_TRUE(reads_right(setup, {1}));
+  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(look.wrong(), 0);
+}
+
 TEST(FramesFaults, FailedStepDoesNotKeepItsPages) {
   FramesSetup setup(2, 4);
   const OwnedStream stream(setup.spy);

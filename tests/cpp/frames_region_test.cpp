@@ -324,6 +324,16 @@ TEST(FramesUnarranged, TakesFramesAsPagesAreDemandedUpToTheCapAndThenVictims) {
   EXPECT_EQ(setup.spy->most_frames(), 3);
 }
 
+TEST(FramesUnarranged, PageWhoseLoadFailedKeepsItsFrameToItself) {
+  FramesSetup setup(3, 6);
+  setup.spy->fail_late(1);
+  EXPECT_THROW(setup.region->begin({0}, kCaller), DeviceError);
+  EXPECT_TRUE(reads_right(setup, {1}));
+  EXPECT_EQ(setup.used_pages(), 2U);
+  EXPECT_TRUE(reads_right(setup, {0, 1}));
+  EXPECT_EQ(setup.used_pages(), 2U);
+}
+
 TEST(FramesUnarranged, FollowsTheRoomThatOthersLeave) {
   FramesSetup setup(3, 6);
   {

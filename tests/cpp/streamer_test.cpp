@@ -137,6 +137,11 @@ TEST(Streamer, SharedPagesDoNotShortenTheLookAhead) {
   run.since();
   run.run_pass();
   EXPECT_EQ(run.since(), std::pair(std::uint64_t{12}, std::uint64_t{0}));
+  steps.clear();
+  for (PageIndex page = 3; page < 23; ++page) steps.push_back({0, 1, 2, page});
+  FramesStreaming wide(3, 10, steps, 23);
+  wide.streamer.prefetch();
+  EXPECT_EQ(wide.tier->fetches(), pages_between(0, 13));
 }
 
 TEST(Streamer, EndOfAPassLoadsTheBeginningOfTheNext) {
@@ -204,6 +209,19 @@ TEST(Streamer, StepsOutsideTheOrderAreCountedAndReadRight) {
   run.look.look(*run.region, {2, 7}, kCaller);
   run.streamer.end_pages({2, 7}, kCaller);
   EXPECT_EQ(run.streamer.stats().unscheduled, 3U);
+  EXPECT_EQ(run.look.wrong(), 0);
+}
+
+TEST(Streamer, WhatOtherReadsTookIsLoadedAheadAgain) {
+  FramesStreaming run(0, 4, steps_of(12, 1), 12);
+  run.streamer.prefetch();
+  run.streamer.begin_pass(kCaller);
+  for (StepId id = 0; id < 3; ++id) run.run_one(id);
+  run.streamer.begin_pages({8, 9, 10}, kCaller);  // where 4, 5 and 6 were
+  run.streamer.end_pages({8, 9, 10}, kCaller);
+  for (StepId id = 3; id < 12; ++id) run.run_one(id);
+  run.streamer.end_pass(kCaller);
+  EXPECT_EQ(run.streamer.stats().misses, 3U);
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
