@@ -166,10 +166,10 @@ TEST(FramesFaults, BeginTellsOfALoadAheadThatFailedLate) {
 }
 
 TEST(FramesFaults, LoadThatFailsUnderAStreamThatWaitsForItIsNotTakenForDone) {
+  Gate copying;
   FramesSetup setup(2, 2);
   const OwnedStream stream(setup.spy);
   LateLook look(setup.bytes);
-  Gate copying;
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
     run_on(copies, [&] { copying.wait(); });
   };
@@ -205,11 +205,11 @@ TEST(FramesFaults, LoadThatFailedTakesNothingFromItsNeighbours) {
 }
 
 TEST(FramesFaults, BeginThatFailsTakesNothingFromAnotherReaderOfThePage) {
+  Gate copying;
+  Gate reading;
   FramesSetup setup(1, 2);
   const OwnedStream stream(setup.spy);
   LateLook look(setup.bytes);
-  Gate copying;
-  Gate reading;
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
     run_on(copies, [&] { copying.wait(); });
   };

@@ -181,8 +181,8 @@ TEST_P(FramesUse, RandomStepsReadTheirBytesLate) {
 INSTANTIATE_TEST_SUITE_P(Streams, FramesUse, ::testing::Values(0, 1, 3));
 
 TEST(FramesRegion, ReaderWaitsForASlowCopyAndTheHostDoesNot) {
-  FramesSetup setup(2, 4);
   Gate copying;
+  FramesSetup setup(2, 4);
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle stream) {
     run_on(stream, [&] { copying.wait(); });
   };
@@ -206,11 +206,11 @@ TEST(FramesRegion, ReaderWaitsForASlowCopyAndTheHostDoesNot) {
 }
 
 TEST(FramesRegion, CopyWaitsForEveryStreamThatReadsThePlace) {
+  Gate reading;
   FramesSetup setup(1, 2);
   setup.region->arrange(arranged(2, 0, 1));
   const OwnedStream one(setup.spy);
   const OwnedStream two(setup.spy);
-  Gate reading;
   LateLook look(setup.bytes);
   for (const OwnedStream* stream : {&one, &two}) {
     setup.region->begin({0}, stream->get());
@@ -443,8 +443,8 @@ TEST(FramesAhead, PageWithoutAPlaceIsLeftToBeDemanded) {
 }
 
 TEST(FramesAhead, NeverWaits) {
-  FramesSetup setup(2, 4);
   Gate gate;
+  FramesSetup setup(2, 4);
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle stream) {
     run_on(stream, [&] { gate.wait(); });
   };

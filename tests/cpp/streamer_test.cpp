@@ -385,9 +385,9 @@ TEST(Streamer, TraceHasASpanOfEveryStepLoadAndStall) {
 }
 
 TEST(Streamer, TimesOfStepsOnOtherStreamsAreReadWhenTheyAreOver) {
+  Gate gate;
   FramesStreaming run(0, 4, steps_of(8, 1), 8);
   const OwnedStream slow(run.spy);
-  Gate gate;
   run.streamer.set_trace(true);
   run.streamer.begin_pass(kCaller);
   run_on(slow.get(), [&] { gate.wait(); });
