@@ -70,6 +70,8 @@ class HostTier {
   virtual void expect(std::vector<PageIndex> order) = 0;
   /// Whether `fetch` would return at once.
   virtual bool ready(PageIndex page) = 0;
+  /// How many pages from this one on lie together in memory that one copy may read; at least 1.
+  virtual std::size_t pages_together(PageIndex /*first*/) const { return 1; }
   /// The page's bytes, ascending by offset, valid until `release`. Blocks while they are read.
   /// Bytes that nobody gave are in no piece. @throws CheckpointError where reading failed.
   virtual const std::vector<Piece>& fetch(PageIndex page) = 0;

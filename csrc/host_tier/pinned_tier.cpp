@@ -43,6 +43,7 @@ class PinnedTier::Filling final : public FillTarget {
   }
 
   std::size_t piece_count() const noexcept { return missing_.size(); }
+  std::size_t piece_size() const noexcept { return piece_; }
   std::size_t pieces_up_to(std::size_t end) const noexcept { return (end + piece_ - 1) / piece_; }
   const Slab& slab() const noexcept { return slab_; }
 
@@ -216,6 +217,13 @@ HostTierStats PinnedTier::stats() const {
   stats.pinned_bytes = filling_->slab().registered_bytes();
   stats.read_bytes = fill_->done_bytes();
   return stats;
+}
+
+std::size_t PinnedTier::pages_together(PageIndex first) const {
+  // A copy stays within what was registered at once.
+  const std::size_t start = std::size_t{first} * page_size();
+  const std::size_t end = (start / filling_->piece_size() + 1) * filling_->piece_size();
+  return (std::min(end, page_count() * page_size()) - start) / page_size();
 }
 
 }  // namespace penstock

@@ -36,6 +36,7 @@ class PinnedTier final : public HostTier {
   std::size_t total_bytes() const noexcept override { return fill_->total_bytes(); }
   std::size_t done_bytes() const noexcept override { return fill_->done_bytes(); }
   void expect(std::vector<PageIndex> /*order*/) override {}
+  std::size_t pages_together(PageIndex first) const override;
   bool ready(PageIndex page) override;
   const std::vector<Piece>& fetch(PageIndex page) override;
   void release(PageIndex /*page*/, std::shared_ptr<OwnedEvent> /*copied*/) override {}

@@ -14,10 +14,9 @@ void FramesRegion::prepare_capture() {
   const std::lock_guard lock(mutex_);
   require_idle("capture");
   device_->stream_synchronize(copies_.get());
-  for (Page& page : pages_) {
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
     quiesce(page);
-    page.readers.clear();
-    page.ready.reset();
+    pages_[page].readers.clear();
   }
   for (Place& place : places_) place.readers.clear();
   forget_shared();
@@ -36,6 +35,8 @@ void FramesRegion::end_capture(StreamHandle stream) {
   capturing_ = false;
   // The events that were recorded meanwhile stand for work of the graph, not of a stream.
   for (Page& page : pages_) {
+    // Its bytes come when the graph is launched, not before.
+    if (page.ready) places_[page.place].owner = kNobody;
     page.readers.clear();
     page.ready.reset();
   }

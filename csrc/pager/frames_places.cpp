@@ -32,18 +32,22 @@ void FramesRegion::unmap(PageIndex index) {
   page.ready.reset();
 }
 
-void FramesRegion::wait_quietly(const Event& event) {
+bool FramesRegion::wait_quietly(const Event& event) {
   try {
     device_->event_synchronize(event->get());
-  } catch (const DeviceError& error) {
+    return true;
+  } catch (const std::exception& error) {
     // Work that failed uses nothing any more; only a wait that failed is an error.
     if (!device_->event_done(event->get())) throw;
     device_->suppress(error.what());
+    return false;
   }
 }
 
-void FramesRegion::quiesce(Page& page) {
-  if (page.ready) wait_quietly(page.ready);
+void FramesRegion::quiesce(PageIndex index) {
+  Page& page = pages_[index];
+  if (page.ready && !wait_quietly(page.ready)) forget(index);
+  page.ready.reset();
   for (const auto& reader : page.readers) wait_quietly(reader.second);
   if (replay_) wait_quietly(replay_);
 }
@@ -64,26 +68,26 @@ FramesRegion::PlaceIndex FramesRegion::add_place() {
 }
 
 FramesRegion::PlaceIndex FramesRegion::find_place() {
-  if (!arranged_) {
-    if (const PlaceIndex fresh = add_place(); fresh != kNowhere) return fresh;
-  }
-  // Ascending: an empty place; a shared one whose owner was used, the longest ago first; one that
-  // was loaded ahead, the latest first; then, after trying for a new frame, a page's own.
-  using Rank = std::tuple<int, std::uint64_t, PlaceIndex>;
+  // Ascending: a place without pages; a shared one without bytes; one whose owner was used, the
+  // longest ago first; one that was loaded ahead, the latest first; a page's own.
+  enum Kind : std::uint8_t { kSpare, kEmpty, kUsed, kAhead, kOwn };
+  using Rank = std::tuple<Kind, std::uint64_t, PlaceIndex>;
   std::optional<Rank> best;
   for (std::size_t i = 0; i < places_.size(); ++i) {
     const Place& place = places_[i];
     if (!is_free(place)) continue;
-    Rank rank{0, 0, static_cast<PlaceIndex>(i)};
+    Rank rank{place.pages.empty() ? kSpare : kEmpty, 0, static_cast<PlaceIndex>(i)};
     if (place.owner != kNobody) {
       const Page& owner = pages_[place.owner];
-      const bool shared = place.pages.size() > 1 || !arranged_;
-      rank = {shared ? (owner.used ? 1 : 2) : 3, owner.used ? owner.last_use : ~owner.last_use,
-              static_cast<PlaceIndex>(i)};
+      std::get<0>(rank) = owner.used ? kUsed : kAhead;
+      std::get<1>(rank) = owner.used ? owner.last_use : ~owner.last_use;
     }
+    if (arranged_ && place.pages.size() == 1) std::get<0>(rank) = kOwn;
     if (!best || rank < *best) best = rank;
   }
-  if (!best || std::get<0>(*best) == 3) {
+  // A new frame is dearer than a place that is shared anyway, and cheaper than one that is not.
+  const Kind bearable = arranged_ ? kAhead : kSpare;
+  if (!best || std::get<0>(*best) > bearable) {
     if (const PlaceIndex fresh = add_place(); fresh != kNowhere) return fresh;
   }
   if (!best) throw refusal(1);
@@ -127,9 +131,9 @@ std::size_t FramesRegion::evict(const std::vector<PageIndex>& pages) {
   for (const PageIndex index : pages) {
     Page& page = pages_[index];
     if (page.pins > 0 || page.place == kNowhere) continue;
-    quiesce(page);
+    quiesce(index);
     unmap(index);
-    if (PageObserver* observer = observer_) observer->on_evict(index, 1);
+    notify_evict(index, 1);
   }
   if (std::all_of(pages_.begin(), pages_.end(),
                   [](const Page& page) { return page.place == kNowhere; })) {
@@ -165,11 +169,13 @@ void FramesRegion::arrange(const Arrangement& wanted) {
 
   const std::size_t needed = own + wanted.ring;
   const std::size_t had = places_.size();
-  while (places_.size() < needed) {
-    if (add_place() != kNowhere) continue;
-    const CapExceededError error = refusal(needed - places_.size());
+  try {
+    while (places_.size() < needed) {
+      if (add_place() == kNowhere) throw refusal(needed - places_.size());
+    }
+  } catch (...) {
     places_.resize(had);
-    throw error;
+    throw;
   }
 
   // Pages that have their bytes in place stay where they are, then slots, then the rest.
@@ -206,13 +212,13 @@ void FramesRegion::arrange(const Arrangement& wanted) {
     }
   }
 
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    if (pages_[i].place == target[i] || pages_[i].place == kNowhere) continue;
-    quiesce(pages_[i]);
-    unmap(static_cast<PageIndex>(i));
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
+    if (pages_[page].place == target[page] || pages_[page].place == kNowhere) continue;
+    quiesce(page);
+    unmap(page);
   }
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    if (pages_[i].place == kNowhere) map(static_cast<PageIndex>(i), target[i]);
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
+    if (pages_[page].place == kNowhere) map(page, target[page]);
   }
   drop_empty_places();
   arranged_ = true;

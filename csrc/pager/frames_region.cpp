@@ -51,11 +51,11 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
 FramesRegion::~FramesRegion() {
   const std::lock_guard lock(mutex_);
   settle_copies();
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    if (pages_[i].place == kNowhere) continue;
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
+    if (pages_[page].place == kNowhere) continue;
     try {
-      quiesce(pages_[i]);
-      unmap(static_cast<PageIndex>(i));
+      quiesce(page);
+      unmap(page);
     } catch (const std::exception& error) {
       device_->suppress(error.what());
     }
@@ -77,13 +77,18 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another
+  PageIndex failed = kNobody;
   try {
     for (const PageIndex page : pages) {
       if (!in_place(pages_[page], page)) demand(page);
     }
-    order_after_loads(pages, stream);
+    for (const PageIndex page : pages) {
+      failed = page;
+      order_after_load(pages_[page], stream);
+    }
   } catch (...) {
     unpin(pages);
+    if (failed != kNobody) forget(failed);
     throw;
   }
   ++uses_;
@@ -93,24 +98,15 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   }
 }
 
-void FramesRegion::order_after_loads(const std::vector<PageIndex>& pages, StreamHandle stream) {
-  for (std::size_t i = 0; i < pages.size(); ++i) {
-    Page& page = pages_[pages[i]];
-    if (!page.ready) continue;
-    try {
-      // Asked before waiting, so that an error of the load has surfaced before it is forgotten. A
-      // capture cannot ask.
-      const bool over = !capturing_ && device_->event_done(page.ready->get());
-      device_->event_wait(stream, page.ready->get());
-      if (over) page.ready.reset();
-    } catch (...) {
-      // A load that failed on its stream left the place without the bytes: it is done anew.
-      for (; i < pages.size(); ++i) {
-        const Page& lost = pages_[pages[i]];
-        if (lost.ready) places_[lost.place].owner = kNobody;
-      }
-      throw;
-    }
+void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
+  if (!page.ready) return;
+  // A load that is over is waited for here: that tells at once whether it failed, where a stream
+  // would tell later, somewhere else. A capture cannot ask.
+  if (!capturing_ && device_->event_done(page.ready->get())) {
+    device_->event_synchronize(page.ready->get());
+    page.ready.reset();
+  } else {
+    device_->event_wait(stream, page.ready->get());
   }
 }
 
@@ -118,15 +114,21 @@ void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
   for (const PageIndex page : pages) --pages_[page].pins;
 }
 
+void FramesRegion::forget(PageIndex index) {
+  const Page& page = pages_[index];
+  if (page.pins == 0 && in_place(page, index)) places_[page.place].owner = kNobody;
+}
+
 void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
-  for (const PageIndex page : pages) {
-    if (pages_[page].pins == 0) {
-      throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
-    }
-  }
   if (pages.empty()) return;
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    const PageIndex page = pages[i];
+    if (pages_[page].pins-- > 0) continue;
+    for (++i; i > 0; --i) ++pages_[pages[i - 1]].pins;
+    throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
+  }
   Event use;
   try {
     use = events_.record(stream);
@@ -138,7 +140,6 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     } catch (const std::exception& second) {
       device_->suppress(second.what());
     }
-    unpin(pages);
     throw;
   }
   for (const PageIndex index : pages) {
@@ -146,7 +147,6 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     note_reader(page.readers, stream, use);
     note_reader(places_[page.place].readers, stream, use);
   }
-  unpin(pages);
   if (!verify_) return;
   for (const PageIndex index : pages) {
     const Page& page = pages_[index];
@@ -175,51 +175,94 @@ void FramesRegion::advance(StepIndex step) {
   now_ = schedule_.time_of(step, now_);
 }
 
+bool FramesRegion::may_load(PageIndex index) {
+  const Page& page = pages_[index];
+  if (page.place == kNowhere) return false;
+  const PageIndex owner = places_[page.place].owner;
+  if (owner != kNobody) {
+    if (pages_[owner].pins > 0) return false;
+    if (schedule_.next_use(owner, now_) <= schedule_.next_use(index, now_)) return false;
+  }
+  return tier_->ready(index);
+}
+
 std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   std::size_t there = 0;
-  for (const PageIndex index : pages) {
-    const Page& page = pages_[index];
-    if (!in_place(page, index)) {
-      if (page.place == kNowhere) break;
-      const PageIndex owner = places_[page.place].owner;
-      if (owner != kNobody) {
-        if (pages_[owner].pins > 0) break;
-        if (schedule_.next_use(owner, now_) <= schedule_.next_use(index, now_)) break;
-      }
-      if (!tier_->ready(index)) break;
-      load(index, false);
+  while (there < pages.size()) {
+    const PageIndex first = pages[there];
+    if (in_place(pages_[first], first)) {
+      ++there;
+      continue;
     }
-    ++there;
+    if (!may_load(first)) break;
+    // Pages that the same step needs are one copy, where they lie together on both sides.
+    const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
+    const StepTime use = schedule_.next_use(first, now_);
+    std::size_t count = 1;
+    while (count < most && there + count < pages.size()) {
+      const PageIndex next = pages[there + count];
+      if (next != first + count || in_place(pages_[next], next)) break;
+      if (schedule_.next_use(next, now_) != use || !may_load(next)) break;
+      const auto shares = [&](PageIndex page) { return pages_[page].place == pages_[next].place; };
+      const auto* const run = pages.data() + there;
+      if (std::any_of(run, run + count, shares)) break;
+      ++count;
+    }
+    load(first, count, false);
+    there += count;
   }
   return there;
 }
 
-void FramesRegion::load(PageIndex index, bool demanded) {
-  Page& page = pages_[index];
-  Place& place = places_[page.place];
-  const std::vector<Piece>& pieces = tier_->fetch(index);
-  place.owner = kNobody;
+void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
+  const auto end = static_cast<PageIndex>(first + count);
+  std::vector<Piece> pieces;
   Event start;
+  Event ready;
+  PageIndex fetched = first;
   try {
-    order_after_readers(place);
+    for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
+    for (PageIndex page = first; page < end; ++page) {
+      Place& place = places_[pages_[page].place];
+      place.owner = kNobody;
+      order_after_readers(place);
+    }
     if (trace_ && !capturing_) start = events_.record(copies_.get());
-    copy_in(index, pieces);
-    page.ready = events_.record(copies_.get());
+    copy_in(first, pieces);
+    ready = events_.record(copies_.get());
   } catch (...) {
     settle_copies();
-    tier_->release(index, nullptr);
+    for (PageIndex page = first; page < fetched; ++page) tier_->release(page, nullptr);
     throw;
   }
-  tier_->release(index, page.ready);
-  place.owner = index;
-  page.last_use = ++uses_;
-  page.used = false;
-  stats_.loaded_bytes += page_size_;
-  if (demanded) ++stats_.demand_loads;
-  if (PageObserver* observer = observer_) {
-    observer->on_load(index, 1, page_size_, start, page.ready, demanded);
+  ++uses_;
+  for (PageIndex index = first; index < end; ++index) {
+    tier_->release(index, ready);
+    Page& page = pages_[index];
+    places_[page.place].owner = index;
+    page.ready = ready;
+    page.last_use = uses_;
+    page.used = false;
+  }
+  stats_.loaded_bytes += count * page_size_;
+  if (demanded) stats_.demand_loads += count;
+  notify_load(first, count, count * page_size_, start, ready, demanded);
+}
+
+void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first) {
+  const std::size_t shift = std::size_t{page - first} * page_size_;
+  for (const Piece& piece : tier_->fetch(page)) {
+    const std::size_t offset = shift + piece.offset;
+    if (!pieces.empty() && page > first) {
+      Piece& last = pieces.back();
+      if (last.offset + last.nbytes == offset && last.source + last.nbytes == piece.source) {
+        last.nbytes += piece.nbytes;
+        continue;
+      }
+    }
+    pieces.push_back({piece.source, offset, piece.nbytes});
   }
 }
 
@@ -229,39 +272,45 @@ void FramesRegion::order_after_readers(Place& place) {
   for (const auto& reader : place.readers) {
     device_->event_wait(copies_.get(), reader.second->get());
   }
+  // What a reader failed at is not the copy's failure: it goes with this record, which nobody asks.
+  if (!place.readers.empty()) events_.record(copies_.get());
   place.readers.clear();
 }
 
-void FramesRegion::copy_in(PageIndex page, const std::vector<Piece>& pieces) {
-  std::byte* target = address_of(page);
+void FramesRegion::copy_in(PageIndex first, const std::vector<Piece>& pieces) {
+  std::byte* target = address_of(first);
   if (verify_) device_->fill(target, kPoison, page_size_, copies_.get());
   for (const Piece& piece : pieces) {
     device_->copy(target + piece.offset, piece.source, piece.nbytes, copies_.get());
   }
-  if (verify_) verify_load(page, pieces);
+  if (verify_) verify_load(first, pieces);
 }
 
 void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces) {
-  std::vector<std::byte> found(page_size_);
-  device_->copy(found.data(), address_of(page), page_size_, copies_.get());
+  loaded_.resize(page_size_);
+  device_->copy(loaded_.data(), address_of(page), page_size_, copies_.get());
   device_->stream_synchronize(copies_.get());
   for (const Piece& piece : pieces) {
-    if (std::memcmp(found.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
-    throw DeviceError("copy", 0,
-                      "page " + std::to_string(page) +
-                          " differs from its source after it was "
-                          "loaded, within " +
-                          std::to_string(piece.nbytes) + " bytes at " +
-                          std::to_string(piece.offset));
+    if (std::memcmp(loaded_.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
+    throw DeviceError(
+        "copy", 0,
+        "page " + std::to_string(page) + " differs from its source after it was loaded, within " +
+            std::to_string(piece.nbytes) + " bytes at " + std::to_string(piece.offset));
   }
 }
 
 void FramesRegion::poison(Place& place) {
   if (place.owner == kNobody) return;
-  std::byte* target = address_of(place.owner);
+  const PageIndex owner = place.owner;
   place.owner = kNobody;
   order_after_readers(place);
-  device_->fill(target, kPoison, page_size_, copies_.get());
+  device_->fill(address_of(owner), kPoison, page_size_, copies_.get());
+  try {
+    pages_[owner].ready = events_.record(copies_.get());
+  } catch (...) {
+    settle_copies();
+    throw;
+  }
 }
 
 void FramesRegion::demand(PageIndex index) {
@@ -274,13 +323,13 @@ void FramesRegion::demand(PageIndex index) {
     }
     const PlaceIndex target = find_place();
     if (page.place != kNowhere) {
-      quiesce(page);
+      quiesce(index);
       unmap(index);
     }
     map(index, target);
     if (arranged_) ++stats_.remaps;
   }
-  load(index, true);
+  load(index, 1, true);
 }
 
 void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {

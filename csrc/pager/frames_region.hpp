@@ -70,8 +70,8 @@ class FramesRegion : public Region {
   void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
   void advance(StepIndex step) override;
   std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
-  std::size_t ahead_batch() const override { return 1; }
-  std::size_t ahead_window() const override { return page_count(); }
+  std::size_t ahead_batch() const override { return 16; }
+  std::size_t ahead_window() const override { return std::numeric_limits<std::size_t>::max(); }
   RegionStats stats() const override;
 
   /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
@@ -117,7 +117,7 @@ class FramesRegion : public Region {
   struct Page {
     PlaceIndex place = kNowhere;
     std::uint32_t pins = 0;
-    Event ready;                 // its load; null: known to be over
+    Event ready;                 // the last copy to its addresses; null: known to be over
     Readers readers;             // of its addresses
     std::uint64_t last_use = 0;  // or load
     bool used = false;           // since it was loaded
@@ -140,7 +140,10 @@ class FramesRegion : public Region {
   bool is_free(const Place& place) const {
     return place.owner == kNobody || pages_[place.owner].pins == 0;
   }
-  void load(PageIndex page, bool demanded);
+  bool may_load(PageIndex page);
+  /// Loads pages that follow each other by one copy, as far as their bytes lie together.
+  void load(PageIndex first, std::size_t count, bool demanded);
+  void add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first);
   void copy_in(PageIndex page, const std::vector<Piece>& pieces);
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
@@ -148,14 +151,18 @@ class FramesRegion : public Region {
   void forget_shared();
   void require_idle(const char* what) const;
   void demand(PageIndex page);
-  void order_after_loads(const std::vector<PageIndex>& pages, StreamHandle stream);
+  /// Orders `stream` after the page's load. @throws what the load threw, if that is known.
+  void order_after_load(Page& page, StreamHandle stream);
   void unpin(const std::vector<PageIndex>& pages);
+  /// Makes the page's bytes be loaded anew, unless somebody reads them.
+  void forget(PageIndex page);
   PlaceIndex find_place();
   PlaceIndex add_place();
   CapExceededError refusal(std::size_t frames) const;
-  void wait_quietly(const Event& event);
+  /// @return whether the work before the event succeeded.
+  bool wait_quietly(const Event& event);
   /// Waits until nothing on the device can use the page's mapping.
-  void quiesce(Page& page);
+  void quiesce(PageIndex page);
   void map(PageIndex page, PlaceIndex place);
   void unmap(PageIndex page);
   /// Gives up places onto which nothing is mapped. @return bytes given back.
@@ -180,6 +187,7 @@ class FramesRegion : public Region {
   FramesStats stats_;
 
   EventPool events_;
+  std::vector<std::byte> loaded_;  // what verify looks at; outlives the copies into it
   OwnedStream copies_;
 };
 

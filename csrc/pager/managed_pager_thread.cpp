@@ -94,11 +94,9 @@ void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex
     region.table_.touch(page);
     region.events_[page].ready = ready;
   }
-  PageObserver* observer = region.observer_;
-  if (observer == nullptr) return;
   for_each_run(pages, [&](PageIndex first, std::size_t count) {
-    observer->on_load(first, count, run_bytes(region, first, count), start, ready,
-                      urgency == Urgency::kDemand);
+    region.notify_load(first, count, run_bytes(region, first, count), start, ready,
+                       urgency == Urgency::kDemand);
   });
 }
 
@@ -175,10 +173,8 @@ std::size_t ManagedPager::drop(ManagedRegion& region, const std::vector<PageInde
       region.events_[page] = {};
     }
     stats_.evicted_bytes += nbytes;
-    if (PageObserver* observer = region.observer_) {
-      for_each_run(pages,
-                   [&](PageIndex first, std::size_t count) { observer->on_evict(first, count); });
-    }
+    for_each_run(pages,
+                 [&](PageIndex first, std::size_t count) { region.notify_evict(first, count); });
   }
   budget_->release(Tag::kWeights, nbytes);
   return nbytes;

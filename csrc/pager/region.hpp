@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "device/device.hpp"
@@ -78,20 +79,29 @@ class Region {
 
   virtual RegionStats stats() const = 0;
 
-  /// Who is told of loads and evictions, if anybody; set while nothing is under way.
-  void set_observer(PageObserver* observer) noexcept { observer_ = observer; }
+  /// Who is told of loads and evictions, in place of the one before.
+  void set_observer(PageObserver* observer);
+  /// Tells `observer` nothing any more; on return no call of it is under way.
+  void drop_observer(const PageObserver* observer);
   /// Whether the beginning of loads is noted too.
   void set_trace(bool trace) noexcept { trace_ = trace; }
 
  protected:
   Region(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size);
 
+  void notify_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
+                   const Event& ready, bool demanded);
+  void notify_evict(PageIndex first, std::size_t count);
+
   std::shared_ptr<Device> device_;
   std::size_t nbytes_;
   std::size_t page_size_;
   std::byte* address_ = nullptr;
-  std::atomic<PageObserver*> observer_{nullptr};
   std::atomic<bool> trace_{false};
+
+ private:
+  std::mutex observer_mutex_;  // held while the observer is called
+  PageObserver* observer_ = nullptr;
 };
 
 }  // namespace penstock

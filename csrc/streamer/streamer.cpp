@@ -1,6 +1,8 @@
 #include "streamer/streamer.hpp"
 
 #include <algorithm>
+#include <exception>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -17,7 +19,14 @@ Streamer::Streamer(std::shared_ptr<Region> region)
 }
 
 Streamer::~Streamer() {
-  region_->set_observer(nullptr);
+  region_->drop_observer(this);
+  for (const Open& step : open_) {
+    try {
+      region_->end(*step.pages, step.stream);
+    } catch (const std::exception& error) {
+      region_->device().suppress(error.what());
+    }
+  }
 }
 
 // ---- the order ---------------------------------------------------------------------------------
@@ -32,7 +41,7 @@ void Streamer::define(StepId id, std::vector<PageIndex> pages) {
   }
   const std::lock_guard lock(mutex_);
   if (id >= steps_.size()) steps_.resize(std::size_t{id} + 1);
-  steps_[id] = std::move(pages);
+  steps_[id] = std::make_shared<const Pages>(std::move(pages));
 }
 
 void Streamer::follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages) {
@@ -73,18 +82,30 @@ void Streamer::move_to(StepId id) {
   const StepIndex place = wraps ? places.front() : *next;
   const StepTime time = (now_ / count + (wraps ? 1 : 0)) * count + place + 1;
   region_->advance(place);
+  come_to(time);
+}
+
+void Streamer::come_to(StepTime time) {
   if (cursor_ <= time) {
     skip_to(time + 1);
   } else {
     for (StepTime passed = now_ + 1; passed <= time; ++passed) {
-      const std::size_t size = upcoming_.pages[(passed - 1) % count].size();
-      pages_ahead_ -= std::min(pages_ahead_, size);
+      const auto& pages = upcoming_.pages[(passed - 1) % upcoming_.order.size()];
+      pages_ahead_ -= std::min(pages_ahead_, pages.size());
     }
   }
   now_ = time;
 }
 
-void Streamer::load_ahead() {
+void Streamer::load_ahead() noexcept {
+  try {
+    move_cursor();
+  } catch (const std::exception& error) {
+    region_->device().suppress(error.what());
+  }
+}
+
+void Streamer::move_cursor() {
   {
     const std::lock_guard lock(observed_mutex_);
     if (std::exchange(demanded_, false)) skip_to(now_ + 1);  // it may have taken what was ahead
@@ -137,13 +158,14 @@ void Streamer::begin_pass(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   if (const std::size_t count = upcoming_.order.size(); count > 0 && now_ % count != 0) {
     // The pass before ended early: go on at the beginning of the next.
-    now_ = (now_ / count + 1) * count;
     region_->advance(static_cast<StepIndex>(count - 1));
-    if (cursor_ <= now_) skip_to(now_ + 1);
+    come_to((now_ / count + 1) * count);
   }
   const std::lock_guard observed(observed_mutex_);
-  timeline_.collect();
-  if (!capturing_) timeline_.begin_pass(events_.record(stream));
+  if (!capturing_) {  // a capture lets nobody ask for events
+    timeline_.collect();
+    timeline_.begin_pass(events_.record(stream));
+  }
   pass_begin_ = {0, 0, 0, 0, loaded_bytes_, misses_, unscheduled_};
 }
 
@@ -160,33 +182,55 @@ void Streamer::end_pass(StreamHandle stream) {
   timeline_.end_pass(events_.record(stream), totals);
 }
 
+Event Streamer::note_time(StreamHandle stream) noexcept {
+  try {
+    return events_.record(stream);
+  } catch (const std::exception& error) {  // a step is not worth less for want of a figure
+    region_->device().suppress(error.what());
+    return nullptr;
+  }
+}
+
 void Streamer::begin(StepId id, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  const std::vector<PageIndex>& pages = steps_.at(id);
+  if (id >= steps_.size() || !steps_[id]) {
+    throw ScheduleError("begin: step " + std::to_string(id) + " was not defined");
+  }
+  const std::shared_ptr<const Pages> pages = steps_[id];
   move_to(id);
   ++steps_run_;
-  const bool timed = !capturing_ && (tracing_ || !region_->settled(pages));
-  const Event before = timed ? events_.record(stream) : nullptr;
-  region_->begin(pages, stream);
-  if (timed) {
-    const Event after = events_.record(stream);
+  const bool timed = !capturing_ && (tracing_ || !region_->settled(*pages));
+  const Event before = timed ? note_time(stream) : nullptr;
+  open_.push_back({id, stream, pages, nullptr});
+  try {
+    region_->begin(*pages, stream);
+  } catch (...) {
+    open_.pop_back();
+    throw;
+  }
+  if (const Event after = before ? note_time(stream) : nullptr) {
     const std::size_t count = upcoming_.order.size();
     const std::lock_guard observed(observed_mutex_);
     timeline_.add_wait(id, count > 0 && now_ > 0 ? (now_ - 1) % count : 0, before, after);
-    if (tracing_) open_[id] = after;
+    if (tracing_) open_.back().since = after;
   }
   load_ahead();
 }
 
 void Streamer::end(StepId id, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  if (const auto open = open_.find(id); open != open_.end()) {
-    const Event after = events_.record(stream);
-    const std::lock_guard observed(observed_mutex_);
-    timeline_.add_span(SpanKind::kStep, id, 0, open->second, after);
-    open_.erase(open);
+  const auto found =
+      std::find_if(open_.rbegin(), open_.rend(), [&](const Open& open) { return open.id == id; });
+  if (found == open_.rend()) {
+    throw ScheduleError("end: step " + std::to_string(id) + " was not begun");
   }
-  region_->end(steps_.at(id), stream);
+  const Open step = std::move(*found);
+  open_.erase(std::next(found).base());
+  if (const Event after = step.since ? note_time(stream) : nullptr) {
+    const std::lock_guard observed(observed_mutex_);
+    timeline_.add_span(SpanKind::kStep, id, 0, step.since, after);
+  }
+  region_->end(*step.pages, stream);
   load_ahead();
 }
 
@@ -214,7 +258,7 @@ void Streamer::set_trace(bool trace) {
   const std::lock_guard lock(mutex_);
   tracing_ = trace;
   region_->set_trace(trace);
-  open_.clear();
+  for (Open& step : open_) step.since.reset();
 }
 
 // ---- figures -----------------------------------------------------------------------------------

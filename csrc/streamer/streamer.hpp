@@ -46,7 +46,7 @@ struct StreamerStats {
 class Streamer : private PageObserver {
  public:
   explicit Streamer(std::shared_ptr<Region> region);
-  /// Ends what is left open.
+  /// Ends the steps that are left open, on the streams on which they began.
   ~Streamer() override;
   Streamer(const Streamer&) = delete;
   Streamer& operator=(const Streamer&) = delete;
@@ -62,8 +62,11 @@ class Streamer : private PageObserver {
   void end_pass(StreamHandle stream);
 
   /// Makes the step's pages ready for later work of `stream`.
-  /// @throws CapExceededError where they do not fit beside what is in use.
+  /// @throws CapExceededError where they do not fit beside what is in use, ScheduleError for a step
+  ///         that was not defined.
   void begin(StepId id, StreamHandle stream);
+  /// Lets go of the pages that the step's latest `begin` took, also where it throws a DeviceError.
+  /// @throws ScheduleError for a step that was not begun.
   void end(StepId id, StreamHandle stream);
   /// The same for pages that are read outside the steps.
   void begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
@@ -88,6 +91,13 @@ class Streamer : private PageObserver {
   std::vector<double> step_seconds();
 
  private:
+  using Pages = std::vector<PageIndex>;
+  struct Open {
+    StepId id;
+    StreamHandle stream;
+    std::shared_ptr<const Pages> pages;
+    Event since;  // when it began, where that is traced
+  };
   struct Upcoming {
     std::vector<StepId> order;
     std::vector<std::vector<PageIndex>> pages;
@@ -100,14 +110,19 @@ class Streamer : private PageObserver {
 
   // With mutex_ held.
   void move_to(StepId id);
-  void load_ahead();
+  void come_to(StepTime time);
+  /// Goes as far as it can; `begin` meets the error again that stops it.
+  void load_ahead() noexcept;
+  void move_cursor();
   void skip_to(StepTime time);
+  Event note_time(StreamHandle stream) noexcept;
 
   std::shared_ptr<Region> region_;
   EventPool events_;
 
   mutable std::mutex mutex_;
-  std::vector<std::vector<PageIndex>> steps_;  // by id
+  std::vector<std::shared_ptr<const Pages>> steps_;  // by id; null: not defined
+  std::vector<Open> open_;                           // the latest last
   Upcoming upcoming_;
   StepTime now_ = 0;             // time of the last step that began; see Schedule
   StepTime cursor_ = 1;          // time of the step whose pages are loaded next
@@ -118,8 +133,7 @@ class Streamer : private PageObserver {
   std::uint64_t passes_ = 0;
   std::uint64_t steps_run_ = 0;
   std::uint64_t unscheduled_ = 0;
-  PassStats pass_begin_;                    // the totals when the pass began
-  std::unordered_map<StepId, Event> open_;  // traced steps that have not ended
+  PassStats pass_begin_;  // the totals when the pass began
 
   mutable std::mutex observed_mutex_;  // on_load and on_evict may come from the region's own thread
   bool demanded_ = false;              // since the cursor was set

@@ -1,6 +1,7 @@
 #include "streamer/timeline.hpp"
 
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 namespace penstock {
@@ -42,21 +43,28 @@ double Timeline::elapsed(const Event& start, const Event& end) const {
 }
 
 bool Timeline::over(const Pass& pass) const {
-  // Loads for the next pass may end after the pass does.
-  return device_->event_done(pass.end->get()) &&
-         std::all_of(pass.pairs.begin(), pass.pairs.end(), [&](const Pair& pair) {
-           return device_->event_done(pair.start->get()) && device_->event_done(pair.end->get());
-         });
+  const auto done = [&](const Event& event) { return device_->event_done(event->get()); };
+  // Loads for the next pass may end after the pass does, and so may steps on other streams.
+  return done(pass.start) && done(pass.end) &&
+         std::all_of(pass.waits.begin(), pass.waits.end(),
+                     [&](const Wait& wait) { return done(wait.before) && done(wait.after); }) &&
+         std::all_of(pass.pairs.begin(), pass.pairs.end(),
+                     [&](const Pair& pair) { return done(pair.start) && done(pair.end); });
 }
 
 void Timeline::collect() {
-  while (!pending_.empty() && over(pending_.front())) {
-    collect(pending_.front());
-    pending_.pop_front();
+  try {
+    while (!pending_.empty() && over(pending_.front())) {
+      const Pass pass = std::move(pending_.front());
+      pending_.pop_front();
+      collect(pass);
+    }
+  } catch (const std::exception& error) {
+    device_->suppress(error.what());
   }
 }
 
-void Timeline::collect(Pass& pass) {
+void Timeline::collect(const Pass& pass) {
   double start = 0;
   if (previous_start_) start = previous_start_time_ + elapsed(previous_start_, pass.start);
   previous_start_ = pass.start;

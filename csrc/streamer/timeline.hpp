@@ -49,14 +49,14 @@ class Timeline {
   void add_wait(std::uint32_t step, std::size_t place, Event before, Event after);
   void add_span(SpanKind kind, std::uint32_t id, std::uint32_t count, Event start, Event end);
 
-  /// Reads what is over, as far as it is.
+  /// Reads what is over, as far as it is. A pass whose times cannot be read is left out, and the
+  /// failure noted with the device.
   void collect();
   const std::deque<PassStats>& passes() const noexcept { return passes_; }
   const std::deque<Span>& spans() const noexcept { return spans_; }
   /// Seconds from the end of each wait to the beginning of the next one, in the last pass that was
   /// collected, by place.
   const std::vector<double>& step_seconds() const noexcept { return step_seconds_; }
-  void clear_spans() { spans_.clear(); }
 
  private:
   struct Wait {
@@ -80,7 +80,7 @@ class Timeline {
     std::vector<Pair> pairs;
   };
 
-  void collect(Pass& pass);
+  void collect(const Pass& pass);
   double elapsed(const Event& start, const Event& end) const;
   bool over(const Pass& pass) const;
 

@@ -112,6 +112,7 @@ class Guard:
         self._access = access
         self._by_address: dict[int, Entry] = {}
         self._kept: list[Entry] = []
+        self.lost = False  # a tensor was given other memory
         self.entries: list[Entry] = []
 
     def add(self, tensor: torch.Tensor, offset: int, nbytes: int, pages: Iterable[int]) -> Entry:
@@ -128,6 +129,7 @@ class Guard:
         self.release_kept(force=True)
         for entry in self.entries:
             self._forget(entry)
+        self.lost = False
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -180,6 +182,7 @@ class Guard:
         if entry.gone:
             return
         entry.gone = True
+        self.lost = True
         _set_class(entry.tensor, entry.plain)
         self._by_address.pop(entry.storage.data_ptr(), None)
         if entry.tensor.__dict__.get("_penstock") is entry:

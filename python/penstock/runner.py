@@ -384,7 +384,8 @@ class Runner:
     # ---- passes --------------------------------------------------------------------------------
 
     def _begin_pass(self, entry: int) -> None:
-        self._binding.warn_if_moved()
+        if self._guard.lost:
+            self._binding.warn_if_moved()
         if not self._capturing and self._memory.pager.capturing():
             raise ScheduleError(
                 f"model {self._name!r} streams, so a graph of it is captured by "

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "error/error.hpp"
+#include "support/ledger_watch.hpp"
 #include "support/pager_setup.hpp"
 #include "support/waiting.hpp"
 
@@ -17,37 +18,6 @@ namespace {
 
 using namespace testing;
 using std::chrono::microseconds;
-
-// Watches the ledger for as long as it lives.
-class LedgerWatch {
- public:
-  explicit LedgerWatch(const Budget& budget) : thread_([this, &budget] { watch(budget); }) {}
-  ~LedgerWatch() {
-    stop_ = true;
-    thread_.join();
-    EXPECT_EQ(violations_, 0U);
-    EXPECT_GT(readings_, 0U);
-  }
-  LedgerWatch(const LedgerWatch&) = delete;
-  LedgerWatch& operator=(const LedgerWatch&) = delete;
-
- private:
-  void watch(const Budget& budget) {
-    do {
-      const BudgetStats stats = budget.stats();
-      std::size_t sum = 0;
-      for (const std::size_t used : stats.used_by_tag) sum += used;
-      if (sum != stats.used || stats.used > stats.cap) ++violations_;
-      ++readings_;
-      std::this_thread::yield();
-    } while (!stop_);
-  }
-
-  std::atomic<bool> stop_{false};
-  std::size_t violations_ = 0;  // read after the thread has ended
-  std::size_t readings_ = 0;
-  std::thread thread_;
-};
 
 void slow_down(FaultyDevice& device) {
   for (const char* name : {"managed_prefetch", "managed_evict", "event_wait"}) {

@@ -1,6 +1,7 @@
-// The host device under observation: what is asked to be resident is written down, and tests can
-// run work of their own on a stream, hold calls back, and make a prefetch fail late, on its stream,
-// the way a broken link or a disk error shows. Hooks are set before other threads use the device.
+// The host device under observation: what is asked to be resident is written down, and frames are
+// counted; tests can run work of their own on a stream, hold calls back, and make a load fail late,
+// on its stream, the way a broken link or a disk error shows. Hooks are set before other threads
+// use the device.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 
 #include "device/host_device.hpp"
 #include "device/host_stream.hpp"
+#include "error/error.hpp"
 
 namespace penstock::testing {
 
@@ -29,9 +31,15 @@ class SpyingDevice : public HostDevice {
   Hook on_evict;     ///< Before each managed_evict, on the thread that calls it.
   Hook on_read;      ///< Before each managed_read; it has no stream.
   Hook on_release;   ///< Before each managed_release; it has no stream.
+  Hook on_copy;      ///< Before each copy, on the thread that calls it; tells the target.
+  Hook after_copy;   ///< The same, after the copy was given to its stream.
 
-  /// Makes the next `count` prefetches fail on their stream, after the call has returned.
+  /// Makes the next `count` prefetches or copies fail on their stream, after the call has returned.
   void fail_late(int count) { late_failures_ = count; }
+
+  /// Frames that exist, and the most that did at once.
+  int frames() const { return frames_; }
+  int most_frames() const { return most_frames_; }
 
   /// Most bytes that were resident or on their way at once, as the calls tell.
   std::size_t peak() const {
@@ -57,9 +65,7 @@ class SpyingDevice : public HostDevice {
       if (ranges_.emplace(start, nbytes).second) held_ += nbytes;
       peak_ = std::max(peak_, held_);
     }
-    if (late_failures_.load() > 0 && late_failures_.fetch_sub(1) > 0) {
-      address = reinterpret_cast<void*>(kNeverMapped);
-    }
+    if (fails_late()) address = reinterpret_cast<void*>(kNeverMapped);
     HostDevice::managed_prefetch(address, nbytes, stream);
   }
 
@@ -84,7 +90,33 @@ class SpyingDevice : public HostDevice {
     HostDevice::managed_release(address, nbytes);
   }
 
+  FrameHandle frame_create(std::size_t nbytes) override {
+    const FrameHandle frame = HostDevice::frame_create(nbytes);
+    const int now = ++frames_;
+    for (int most = most_frames_; most < now && !most_frames_.compare_exchange_weak(most, now);) {
+    }
+    return frame;
+  }
+
+  void frame_release(FrameHandle frame) override {
+    HostDevice::frame_release(frame);
+    --frames_;
+  }
+
+  void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) override {
+    const auto start = reinterpret_cast<std::uintptr_t>(target);
+    if (on_copy) on_copy(start, nbytes, stream);
+    if (fails_late()) {
+      run_on(stream, [] { throw DeviceError("copy", 5, "the link broke"); });
+    } else {
+      HostDevice::copy(target, source, nbytes, stream);
+    }
+    if (after_copy) after_copy(start, nbytes, stream);
+  }
+
  private:
+  bool fails_late() { return late_failures_.load() > 0 && late_failures_.fetch_sub(1) > 0; }
+
   static constexpr std::uintptr_t kNeverMapped = 4096;  // below the system's lowest address
 
   // Cuts [start, start + nbytes) out of what is held.
@@ -107,6 +139,8 @@ class SpyingDevice : public HostDevice {
   }
 
   std::atomic<int> late_failures_{0};
+  std::atomic<int> frames_{0};
+  std::atomic<int> most_frames_{0};
   mutable std::mutex mutex_;
   std::map<std::uintptr_t, std::size_t> ranges_;  // by start; they do not overlap
   std::size_t held_ = 0;
