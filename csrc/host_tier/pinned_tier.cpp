@@ -80,7 +80,7 @@ class PinnedTier::Filling final : public FillTarget {
       for (std::size_t i = 0; i < missing_.size(); ++i) {
         {
           std::unique_lock lock(mutex_);
-          changed_.wait(lock, [&] { return stopped_ || missing_[i] == 0; });
+          changed_.wait(lock, [&] { return stopped_ || (wanted_ && missing_[i] == 0); });
           if (stopped_) return;
         }
         const std::size_t start = i * piece_;
@@ -108,6 +108,7 @@ class PinnedTier::Filling final : public FillTarget {
   /// filling was stopped. @throws the error of registering.
   bool wait_for(std::size_t pieces, steady_clock::time_point end) {
     std::unique_lock lock(mutex_);
+    if (!std::exchange(wanted_, true)) changed_.notify_all();
     changed_.wait_until(lock, end, [&] { return registered_ >= pieces || stopped_ || error_; });
     if (registered_ < pieces && error_) std::rethrow_exception(error_);
     return registered_ >= pieces;
@@ -132,6 +133,7 @@ class PinnedTier::Filling final : public FillTarget {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::size_t registered_ = 0;  // pieces, in order
+  bool wanted_ = false;         // somebody waits for them
   bool stopped_ = false;
   std::exception_ptr error_;  // of registering
 };

@@ -6,7 +6,9 @@
 // but registering untouched memory makes one thread clear it first, slower than the readers read.
 // So the registering thread follows the readers: it takes the slab in order, piece by piece (a
 // multiple of the page size, so no page lies in two registrations), each as soon as its bytes have
-// arrived. A page can be fetched once its piece is registered, before the rest is there.
+// arrived. A page can be fetched once its piece is registered, before the rest is there. It begins
+// when somebody waits or asks for pages: who writes the bytes himself, piece by piece, giving up
+// where they came from, has the slab grow with them.
 #pragma once
 
 #include <memory>

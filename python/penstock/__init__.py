@@ -11,6 +11,7 @@ from penstock.errors import (
     ScheduleError,
 )
 from penstock.manager import MemoryManager
+from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
 from penstock.stats import ManagerStats, ModelStats
 
@@ -28,4 +29,7 @@ __all__ = [
     "Region",
     "ScheduleError",
     "__version__",
+    "manager_of",
+    "offload",
+    "restore",
 ]

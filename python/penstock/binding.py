@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from penstock.pager import Region
 from penstock.skeleton import set_payload
 from penstock.weights import Slot
 
-__all__ = ["Binding", "ParameterMovedWarning"]
+__all__ = ["Binding", "ParameterMovedWarning", "bind"]
 
 
 class ParameterMovedWarning(UserWarning):
@@ -30,6 +31,8 @@ class Binding:
         Memory for all placements; None if there is nothing to place.
     device
         Where buffers that are not on the region go.
+    before
+        Called for each tensor before it is given its place.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class Binding:
         placements: list[Placement],
         region: Region | None,
         device: torch.device,
+        *,
+        before: Callable[[Placement], None] | None = None,
     ) -> None:
         self.module = module
         self.placements = placements
@@ -45,8 +50,10 @@ class Binding:
         self._addresses: dict[int, int] = {}
         self._warned: set[str] = set()
         for index, placement in enumerate(placements):
+            if before is not None:
+                before(placement)
             tensor = self._tensor(placement, device)
-            _bind(placement.slot, tensor)
+            bind(placement.slot, tensor)
             if placement.nbytes:
                 self._addresses[index] = tensor.data_ptr()
         bound = {id(p.slot.current) for p in placements}
@@ -102,7 +109,8 @@ def _address(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_meta else tensor.data_ptr()
 
 
-def _bind(slot: Slot, tensor: torch.Tensor) -> None:
+def bind(slot: Slot, tensor: torch.Tensor) -> None:
+    """Give a slot of a module a tensor, under all its names."""
     held = slot.current
     if isinstance(held, nn.Parameter):
         differentiable = tensor.is_floating_point() or tensor.is_complex()

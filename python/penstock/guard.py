@@ -6,8 +6,9 @@ view, and what only asks for shapes and the like goes through. A step opens the 
 reads: it makes their pages ready and gives the tensors their plain class back, so that nothing
 stands between them and the operations. When it ends, the tensors are closed again.
 
-Two things are looked for when a tensor is closed. Whether it was written to (its version counter):
-then its bytes are copied back to where they come from. Whether a view of it outlives the step (its
+Two things are looked for when a tensor is closed. Whether it was written to (its version counter;
+batch norm changes its buffers without counting, so floating-point buffers of modules in training
+mode are taken as written to): then its bytes are copied back to where they come from. Whether a view of it outlives the step (its
 storage's use count): then its pages stay in place for as long as the view lives.
 """
 
@@ -23,9 +24,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_iter, tree_map
 
-from penstock.operations import EXPORTS, METADATA, VIEWS
+from penstock.operations import CHANGES, EXPORTS, METADATA, VIEWS
 
-__all__ = ["Access", "Entry", "Guard"]
+__all__ = ["Access", "Entry", "Guard", "is_guarded", "on_host"]
 
 
 class Access(Protocol):
@@ -65,6 +66,7 @@ class Entry:
         "opened",
         "pages",
         "plain",
+        "silent",
         "storage",
         "tensor",
         "version",
@@ -83,6 +85,8 @@ class Entry:
         self.opened = 0
         self.kept = False
         self.gone = False
+        # Whether it may change without counting it.
+        self.silent = not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         self.address = tensor.data_ptr()
         self.storage = tensor.untyped_storage()
         self.version = tensor._version
@@ -142,24 +146,30 @@ class Guard:
                 if not entry.kept:
                     entry.count_before = entry.use_count()
 
-    def close(self, entries: Iterable[Entry]) -> None:
-        """Guard the tensors again; call it before their pages are let go of."""
+    def close(self, entries: Iterable[Entry], *, training: bool = False) -> None:
+        """Guard the tensors again; call it before their pages are let go of.
+
+        Parameters
+        ----------
+        training
+            Whether the module that read them is in training mode.
+        """
         for entry in entries:
             entry.opened -= 1
             if entry.gone or entry.opened:
                 continue
-            self._settle(entry)
+            self._settle(entry, training)
             if not entry.gone:
                 _set_class(entry.tensor, entry.guarded)
 
-    def settle(self, entries: Iterable[Entry]) -> None:
+    def settle(self, entries: Iterable[Entry], *, training: bool = False) -> None:
         """Look for writes and views as `close` does, but leave the tensors open."""
         for entry in entries:
             if not entry.gone:
-                self._settle(entry)
+                self._settle(entry, training)
 
-    def _settle(self, entry: Entry) -> None:
-        self._note_change(entry)
+    def _settle(self, entry: Entry, training: bool) -> None:
+        self._note_change(entry, written=training and entry.silent)
         if not entry.gone and not entry.kept and entry.escaped():
             self._access.hold(entry.pages)
             entry.kept = True
@@ -198,24 +208,30 @@ class Guard:
         kwargs: dict[str, Any],
     ) -> Any:  # noqa: ANN401
         """Run an operation with the pages of the tensors that it reads."""
-        with self.reading(entries), self.saving():
+        with self.reading(entries, written=func in CHANGES), self.saving():
             return func(*args, **kwargs)
 
     @contextmanager
-    def reading(self, entries: list[Entry]) -> Iterator[None]:
-        """Have the pages of some tensors ready inside the block."""
+    def reading(self, entries: list[Entry], *, written: bool = False) -> Iterator[None]:
+        """Have the pages of some tensors ready inside the block.
+
+        Parameters
+        ----------
+        written
+            Whether buffers among them may be changed without counting it.
+        """
         begun = self._access.begin_read(entries)
         try:
             yield
         finally:
             try:
                 for entry in entries:
-                    self._note_change(entry)
+                    self._note_change(entry, written=written and entry.silent)
             finally:
                 self._access.end_read(begun)
 
-    def _note_change(self, entry: Entry) -> None:
-        if entry.gone or entry.tensor._version == entry.version:
+    def _note_change(self, entry: Entry, *, written: bool = False) -> None:
+        if entry.gone or (entry.tensor._version == entry.version and not written):
             return
         if entry.tensor.data_ptr() != entry.address:
             self._forget(entry)
@@ -333,6 +349,17 @@ class _Guarded:
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401
         host = self._penstock.guard.host_copy(self._penstock, cast(torch.Tensor, self))
         return _ordinary(self, host).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def is_guarded(value: object) -> bool:
+    """Whether a value is a guarded tensor, or a view of one."""
+    return isinstance(value, _Guarded)
+
+
+def on_host(value: torch.Tensor) -> torch.Tensor:
+    """Return a guarded tensor, or a view of one, as it is kept on the host."""
+    assert isinstance(value, _Guarded)
+    return value._penstock.guard.host_copy(value._penstock, value)
 
 
 def _ordinary(guarded: Any, value: torch.Tensor) -> torch.Tensor:  # noqa: ANN401

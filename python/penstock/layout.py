@@ -46,6 +46,13 @@ class Placement:
         return math.prod(self.source.shape) * self.dtype.itemsize
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the tensor on the region, in elements."""
+        if self.stride is not None:
+            return self.stride
+        return torch.empty(self.source.shape, device="meta").stride()
+
+    @property
     def converts(self) -> bool:
         """Whether the source has another dtype."""
         return self.dtype != self.source.dtype

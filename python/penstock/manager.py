@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from penstock import _core
+from penstock.adopt import Origin, Write, give_back, move_in, survey
 from penstock.binding import Binding
 from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
-from penstock.host import HOST_TIERS, open_tier
+from penstock.host import HOST_TIERS, empty_tier, open_tier
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
@@ -45,6 +46,7 @@ class _Model:
     runner: Runner | None
     acquired: int = 0
     last_use: int = 0
+    origin: Origin | None = None  # where the tensors of an adopted model were
 
 
 class MemoryManager:
@@ -171,7 +173,12 @@ class MemoryManager:
             placements, nbytes = lay_out(slots, pairs, dtype)
             _announce_conversion(name, placements)
             memory = self._memory(name, placements, nbytes, writable) if nbytes else None
-            self._models[name] = self._bind(name, module, placements, memory)
+            try:
+                self._models[name] = self._bind(name, module, placements, memory)
+            except BaseException:
+                if memory is not None:
+                    memory.close()
+                raise
 
     def _memory(
         self, name: str, placements: list[Placement], nbytes: int, writable: bool
@@ -190,6 +197,7 @@ class MemoryManager:
                 progress=progress,
             )
             memory = FramesMemory(self._pager, tier)
+            memory.finish_filling()
             memory.region_core.set_verify(self._verify)
             return memory
 
@@ -206,6 +214,84 @@ class MemoryManager:
             runner = Runner(name, binding, memory, trace=self._trace) if memory else None
         return _Model(binding, memory, runner)
 
+    def adopt(self, name: str, module: nn.Module) -> None:
+        """Take over a module that is loaded: its weights move onto pager memory, one by one.
+
+        There are never two copies of the model. `give_back` undoes it.
+
+        Parameters
+        ----------
+        name
+            How the model is called from now on.
+        module
+            With its weights in ordinary memory, on any device.
+
+        Raises
+        ------
+        ModelError
+            If the name is taken, or weights cannot move (on meta, sparse, quantized).
+        DeviceError
+            If there is no room for the region.
+        """
+        with self._lock:
+            if name in self._models:
+                raise ModelError(f"model {name!r} is registered already; unregister it first")
+            if self._host not in ("auto", "pinned"):
+                raise ModelError(
+                    f"host tier {self._host!r} reads from files, which a loaded module has not: "
+                    'use host="pinned", or register the module with its checkpoint'
+                )
+            placements, nbytes, origin = survey(module)
+            write, memory = self._empty_memory(nbytes)
+            moved: list[Placement] = []
+
+            def move(placement: Placement) -> None:
+                move_in(write, placement)
+                moved.append(placement)
+
+            with torch.inference_mode(False), torch.no_grad():
+                region = memory.region if memory else None
+                try:
+                    binding = Binding(module, placements, region, self.device, before=move)
+                    if memory is not None:
+                        memory.finish_filling()
+                    runner = Runner(name, binding, memory, trace=self._trace) if memory else None
+                except BaseException:
+                    give_back(moved, memory, origin)
+                    if memory is not None:
+                        memory.close()
+                    raise
+            self._models[name] = _Model(binding, memory, runner, origin=origin)
+
+    def _empty_memory(self, nbytes: int) -> tuple[Write, ModelMemory | None]:
+        if nbytes == 0:
+            return (lambda offset, values: None), None
+        if self._pager.kind == "managed":
+            region = self._pager.reserve(nbytes, writable=False)
+            managed = ManagedMemory(self._pager, region)
+            return managed.region_core.write, managed
+        tier = empty_tier(self._pager, nbytes)
+        frames = FramesMemory(self._pager, tier)
+        frames.region_core.set_verify(self._verify)
+        return tier.write, frames
+
+    def give_back(self, name: str) -> None:
+        """Undo `adopt`: the weights return to ordinary memory, where they were before.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, it is acquired, or it was not adopted.
+        """
+        with self._lock:
+            model = self._find(name)
+            if model.origin is None:
+                raise ModelError(f"model {name!r} was registered, not adopted; unregister it")
+            binding, memory, origin = model.binding, model.memory, model.origin
+            self.unregister(name)
+            with torch.inference_mode(False), torch.no_grad():
+                give_back(binding.placements, memory, origin)
+
     def unregister(self, name: str) -> None:
         """Forget a model. Its memory goes when the last tensor on it does.
 
@@ -219,8 +305,9 @@ class MemoryManager:
             if model.acquired:
                 raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
             self._evict(model)
-            if model.runner is not None:
+            if model.runner is not None and model.memory is not None:
                 model.runner.detach()
+                model.memory.close()
             del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from penstock.pager import Pager, Region
 from penstock.stats import MemoryStats, PassFigures
 
 __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
+
+# The driver maps pinned host memory by entries of 8 bytes for 4 KiB, in tables of 2 MiB: 16 MiB of
+# device memory for 7 GiB, as cudaMemGetInfo shows.
+_HOST_PAGE = 4 << 10
+_ENTRY = 8
+_TABLE = 2 << 20
 
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
@@ -70,6 +77,12 @@ class ModelMemory(ABC):
     def evict(self) -> None:
         """Drop all that is not in use."""
         self.region.core.evict(self.all_pages)
+
+    def finish_filling(self) -> None:  # noqa: B027
+        """Say that all bytes are written; returns when they can be streamed."""
+
+    def close(self) -> None:  # noqa: B027
+        """End the use of the memory; tensors on it may live on."""
 
     @abstractmethod
     def set_active(self, active: bool) -> None:
@@ -169,7 +182,31 @@ class FramesMemory(ModelMemory):
         self.tier = tier
         self.frames = self.page_count  # that it may hold
         self.generation = 0  # how often pages were given other places
+        self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
+
+    @override
+    def finish_filling(self) -> None:
+        """Wait until the tier is pinned."""
+        while not self.tier.wait_for(timedelta(seconds=1)):
+            pass
+        self._outside = self._charge_page_tables()
+
+    def _charge_page_tables(self) -> int:
+        """Charge what the driver takes on the device to address pinned host memory."""
+        if self.pager.device.type != "cuda":
+            return 0
+        held = self.tier.stats()
+        entries = (held.pinned_bytes + held.mapped_bytes) // _HOST_PAGE * _ENTRY
+        nbytes = -(-entries // _TABLE) * _TABLE
+        self.pager.budget.charge(_core.Tag.outside, nbytes)
+        return nbytes
+
+    @override
+    def close(self) -> None:
+        """Give back what is charged beside the frames."""
+        self.pager.budget.release(_core.Tag.outside, self._outside)
+        self._outside = 0
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:

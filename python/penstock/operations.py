@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["EXPORTS", "METADATA", "VIEWS"]
+__all__ = ["CHANGES", "EXPORTS", "METADATA", "VIEWS"]
 
 
 def _getters(names: str) -> list[Any]:
@@ -72,3 +72,14 @@ EXPORTS = frozenset(
     _methods("numpy __array__ __dlpack__ storage _typed_storage share_memory_ pin_memory_")
 )
 """Hand the memory itself out, for others to read when they like: they are given a copy."""
+
+CHANGES = frozenset(
+    [
+        torch.batch_norm,
+        torch.instance_norm,
+        torch.native_batch_norm,
+        torch.nn.functional.batch_norm,
+        torch.nn.functional.instance_norm,
+    ]
+)
+"""Change the running statistics that they are given, without counting that as a change."""

@@ -115,6 +115,10 @@ class Region:
         flat: torch.Tensor = torch.utils.dlpack.from_dlpack(self.core.dlpack(offset, nbytes))
         return flat.view(dtype).view(tuple(shape))
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the region."""
+        return not tensor.is_meta and 0 <= tensor.data_ptr() - self.address < self.nbytes
+
     def pages_of(self, start: int, nbytes: int) -> list[int]:
         """Return the indices of the pages that a byte range touches.
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch import nn
 from penstock import _core
 from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
-from penstock.guard import Entry, Guard
+from penstock.guard import Entry, Guard, is_guarded, on_host
 from penstock.memory import ModelMemory
 from penstock.observe import ReadObserver
 from penstock.sizes import format_bytes
@@ -77,6 +77,29 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _get_no_hook, ()
+
+
+class _Save:
+    """Puts what is kept on the host into state dicts: for who saves them, or reads them later."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+    ) -> None:
+        for held in (module._parameters, module._buffers):
+            for name in held:
+                value = state.get(prefix + name)
+                if value is not held[name] and is_guarded(value):
+                    state[prefix + name] = on_host(cast(torch.Tensor, value))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
+        return _no_hook
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _get_no_hook, ()
+
+
+def _on_saving(module: nn.Module) -> Any:  # noqa: ANN401
+    return module._register_state_dict_hook(_Save())  # type: ignore[no-untyped-call]
 
 
 def _no_hook(*arguments: object) -> None:
@@ -151,6 +174,7 @@ class Runner:
         self._loaded_before = 0
         self._handles: list[Any] = []
         self._free = False  # all in place, nothing to do in steps
+        self._saves = [_on_saving(module) for i, module in enumerate(self._modules) if own[i]]
         self._hook(range(len(self._modules)))
 
     def _whole_subtrees(self, own: list[set[int]]) -> dict[int, frozenset[int]]:
@@ -254,7 +278,7 @@ class Runner:
             return
         if self._calls:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
-        self._guard.close(self._entries)
+        self._guard.close(self._entries, training=True)
         self._memory.region.core.end(self._memory.all_pages, self._stream())
         self._free = False
         self._hook(range(len(self._modules)))
@@ -264,6 +288,8 @@ class Runner:
         self.unwind()
         self.attach()
         self._hook(())
+        for save in self._saves:
+            save.remove()
         self._guard.remove()
 
     # ---- access, for the guard -----------------------------------------------------------------
@@ -344,9 +370,10 @@ class Runner:
             return
         try:
             if self._observer is not None:
-                self._guard.settle(self._entries[i] for i in call.read)
-            else:
-                self._guard.close(call.entries)
+                read = [self._entries[i] for i in call.read]
+                self._guard.settle(read, training=self._modules[index].training)
+            elif call.entries:
+                self._guard.close(call.entries, training=self._modules[index].training)
         finally:
             calls.pop()
             try:
