@@ -8,8 +8,9 @@ stands between them and the operations. When it ends, the tensors are closed aga
 
 Two things are looked for when a tensor is closed. Whether it was written to (its version counter;
 batch norm changes its buffers without counting, so floating-point buffers of modules in training
-mode are taken as written to): then its bytes are copied back to where they come from. Whether a view of it outlives the step (its
-storage's use count): then its pages stay in place for as long as the view lives.
+mode are taken as written to): then its bytes are copied back to where they come from. Whether a
+view of it outlives the step (its storage's use count): then its pages stay in place for as long as
+the view lives.
 """
 
 from __future__ import annotations
