@@ -53,6 +53,19 @@ def manager_with(
     return manager
 
 
+def region_of(manager: penstock.MemoryManager, name: str = "m") -> penstock.Region:
+    """Return the region of a registered model that has weights."""
+    memory = manager._models[name].memory
+    assert memory is not None
+    return memory.region
+
+
+def pinned_pages(manager: penstock.MemoryManager) -> int:
+    """Count the pages that are in use, of all models."""
+    memories = [model.memory for model in manager._models.values()]
+    return sum(each.region.core.stats().pinned_pages for each in memories if each is not None)
+
+
 def charge_of(region: penstock.Region) -> int:
     """Return what a region costs the ledger when all of it is resident."""
     return -(-region.nbytes // SYSTEM_PAGE) * SYSTEM_PAGE
@@ -120,7 +133,7 @@ class ResidentSampler(threading.Thread):
     def __init__(self, manager: penstock.MemoryManager, name: str) -> None:
         super().__init__(daemon=True)
         self._manager = manager
-        self._region = manager._models[name].region.core
+        self._region = region_of(manager, name).core
         self._ended = threading.Event()
         self._errors: list[BaseException] = []
         self.samples: list[int] = []

@@ -19,7 +19,7 @@ from torch import nn
 import penstock
 from penstock import ParameterMovedWarning
 from penstock.manager import MemoryManager
-from python.support import MIB, build, charge_of, manager_with, mlp, raw, same_bits, state_of
+from python.support import MIB, build, charge_of, manager_with, mlp, raw, region_of, same_bits, state_of
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
@@ -99,7 +99,7 @@ def test_every_dtype_is_on_the_region_bit_by_bit(dtype: torch.dtype) -> None:
     }
     manager = manager_with(lambda: Holder(dtype), state, cap="1MiB")
     module = manager.acquire("m")
-    region = manager._models["m"].region
+    region = region_of(manager)
     assert region is not None
     for name, tensor in state.items():
         held = getattr(module, name)
@@ -346,7 +346,7 @@ def test_resident_pages_are_given_back_with_the_model(reference: nn.Module) -> N
     module = manager.acquire("m")
     module(torch.zeros(1, 512))
     manager.pager.synchronize()
-    assert budget.stats().used == charge_of(manager._models["m"].region)
+    assert budget.stats().used == charge_of(region_of(manager))
     address = module[0].weight.data_ptr()
     del module, manager
     gc.collect()

@@ -467,5 +467,5 @@ def test_filling_makes_nothing_resident() -> None:
     manager = manager_with(lambda: mlp(512, 1024, 512), state, cap="8MiB", page_size="2MiB")
     stats = manager.stats()
     assert stats.used == stats.peak == stats.loaded_bytes == 0
-    assert stats.models["m"].system_resident_bytes == 0
+    assert stats.models["m"].memory.system_resident_bytes == 0
     assert raw(manager.acquire("m")[0].weight) == raw(state["0.weight"])

@@ -21,6 +21,7 @@ from python.support import (
     ResidentSampler,
     build,
     manager_with,
+    pinned_pages,
     same_bits,
     state_of,
     within,
@@ -578,8 +579,7 @@ class Trial:
             assert stats.used == 0
             assert stats.models["m"].acquired == 0
             assert stats.loaded_bytes == stats.evicted_bytes > 0
-            region = manager._models["m"].region
-            assert manager.pager.core.region_stats(region.core).pinned_pages == 0
+            assert pinned_pages(manager) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -627,7 +627,7 @@ def test_what_is_read_outside_of_all_calls_is_given_back_with_the_rest() -> None
     manager = trial.manager(64 * MIB)
     for _ in range(2):
         trial.check(manager)
-        assert manager.stats().models["m"].system_resident_bytes == 0
+        assert manager.stats().models["m"].memory.system_resident_bytes == 0
 
 
 def test_cap_that_is_enough_for_the_first_pass_is_enough_for_all() -> None:
