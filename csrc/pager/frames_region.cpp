@@ -43,6 +43,7 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
       tier_(std::move(tier)),
       memory_(device_, page_count() * page_size_),
       pages_(page_count()),
+      waits_pass_errors_(device_->info().kind == DeviceKind::kHost),
       events_(device_, Timing::kOn),
       copies_(device_) {
   address_ = memory_.address();
@@ -105,8 +106,9 @@ void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
   if (!capturing_ && device_->event_done(page.ready->get())) {
     device_->event_synchronize(page.ready->get());
     page.ready.reset();
-  } else {
+  } else if (!capturing_ || page.waited != stream.value) {
     device_->event_wait(stream, page.ready->get());
+    page.waited = stream.value;
   }
 }
 
@@ -224,11 +226,8 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
   PageIndex fetched = first;
   try {
     for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
-    for (PageIndex page = first; page < end; ++page) {
-      Place& place = places_[pages_[page].place];
-      place.owner = kNobody;
-      order_after_readers(place);
-    }
+    for (PageIndex page = first; page < end; ++page) places_[pages_[page].place].owner = kNobody;
+    order_after_readers(first, count);
     if (trace_ && !capturing_) start = events_.record(copies_.get());
     copy_in(first, pieces);
     ready = events_.record(copies_.get());
@@ -243,6 +242,7 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     Page& page = pages_[index];
     places_[page.place].owner = index;
     page.ready = ready;
+    page.waited = nullptr;
     page.last_use = uses_;
     page.used = false;
   }
@@ -266,15 +266,22 @@ void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIn
   }
 }
 
-void FramesRegion::order_after_readers(Place& place) {
+void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
   if (!fenced_) device_->event_wait(copies_.get(), replay_->get());
   fenced_ = true;
-  for (const auto& reader : place.readers) {
-    device_->event_wait(copies_.get(), reader.second->get());
+  std::vector<const OwnedEvent*> waited;  // the places of one step have its event in common
+  for (std::size_t i = 0; i < count; ++i) {
+    Place& place = places_[pages_[first + i].place];
+    for (const auto& [stream, use] : place.readers) {
+      if (std::find(waited.begin(), waited.end(), use.get()) != waited.end()) continue;
+      device_->event_wait(copies_.get(), use->get());
+      waited.push_back(use.get());
+    }
+    place.readers.clear();
   }
-  // What a reader failed at is not the copy's failure: it goes with this record, which nobody asks.
-  if (!place.readers.empty()) events_.record(copies_.get());
-  place.readers.clear();
+  // On the host a stream passes on what it waited for: a reader's failure, which is not the copy's.
+  // It goes with this record, which nobody asks.
+  if (waits_pass_errors_ && !waited.empty()) events_.record(copies_.get());
 }
 
 void FramesRegion::copy_in(PageIndex first, const std::vector<Piece>& pieces) {
@@ -303,7 +310,7 @@ void FramesRegion::poison(Place& place) {
   if (place.owner == kNobody) return;
   const PageIndex owner = place.owner;
   place.owner = kNobody;
-  order_after_readers(place);
+  order_after_readers(owner, 1);
   device_->fill(address_of(owner), kPoison, page_size_, copies_.get());
   try {
     pages_[owner].ready = events_.record(copies_.get());

@@ -117,7 +117,8 @@ class FramesRegion : public Region {
   struct Page {
     PlaceIndex place = kNowhere;
     std::uint32_t pins = 0;
-    Event ready;                 // the last copy to its addresses; null: known to be over
+    Event ready;                 // its load; null: known to be over
+    void* waited = nullptr;      // the capturing stream that is ordered after it
     Readers readers;             // of its addresses
     std::uint64_t last_use = 0;  // or load
     bool used = false;           // since it was loaded
@@ -147,7 +148,7 @@ class FramesRegion : public Region {
   void copy_in(PageIndex page, const std::vector<Piece>& pieces);
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
-  void order_after_readers(Place& place);
+  void order_after_readers(PageIndex first, std::size_t count);
   void forget_shared();
   void require_idle(const char* what) const;
   void demand(PageIndex page);
@@ -186,6 +187,7 @@ class FramesRegion : public Region {
   std::uint64_t uses_ = 0;
   FramesStats stats_;
 
+  bool waits_pass_errors_;
   EventPool events_;
   std::vector<std::byte> loaded_;  // what verify looks at; outlives the copies into it
   OwnedStream copies_;

@@ -162,10 +162,7 @@ void Streamer::begin_pass(StreamHandle stream) {
     come_to((now_ / count + 1) * count);
   }
   const std::lock_guard observed(observed_mutex_);
-  if (!capturing_) {  // a capture lets nobody ask for events
-    timeline_.collect();
-    timeline_.begin_pass(events_.record(stream));
-  }
+  if (!capturing_) timeline_.begin_pass(events_.record(stream));
   pass_begin_ = {0, 0, 0, 0, loaded_bytes_, misses_, unscheduled_};
 }
 
@@ -179,6 +176,7 @@ void Streamer::end_pass(StreamHandle stream) {
   totals.loaded_bytes = loaded_bytes_ - pass_begin_.loaded_bytes;
   totals.misses = misses_ - pass_begin_.misses;
   totals.unscheduled = unscheduled_ - pass_begin_.unscheduled;
+  timeline_.collect();  // here, since the host is ahead: at the beginning it would be waited for
   timeline_.end_pass(events_.record(stream), totals);
 }
 
