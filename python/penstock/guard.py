@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_iter, tree_map
 
+from penstock.errors import ModelError
 from penstock.operations import CHANGES, EXPORTS, METADATA, VIEWS
 
 __all__ = ["Access", "Entry", "Guard", "is_guarded", "on_host"]
@@ -50,6 +51,47 @@ class Access(Protocol):
 
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return the bytes of a range as they are kept on the host."""
+
+
+class NoAccess:
+    """The access to weights of a model that is registered no more.
+
+    Parameters
+    ----------
+    name
+        The model's, for messages.
+    readable
+        Whether the memory can be read as it is.
+    """
+
+    def __init__(self, name: str, *, readable: bool) -> None:
+        self._name = name
+        self._readable = readable
+
+    def begin_read(self, entries: Sequence[Entry]) -> object:
+        """Refuse, if the memory cannot be read."""
+        if not self._readable:
+            raise ModelError(
+                f"model {self._name!r} was unregistered, and its weights went with it: read them "
+                "before, or register it again"
+            )
+        return None
+
+    def end_read(self, begun: object) -> None:
+        """Do nothing."""
+
+    def hold(self, pages: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def let_go(self, pages: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def write_back(self, offset: int, nbytes: int) -> None:
+        """Do nothing."""
+
+    def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Refuse; nobody keeps the bytes."""
+        raise ModelError(f"model {self._name!r} was unregistered: register it again")
 
 
 class Entry:
@@ -118,6 +160,7 @@ class Guard:
         self._by_address: dict[int, Entry] = {}
         self._kept: list[Entry] = []
         self.lost = False  # a tensor was given other memory
+        self.removed = False
         self.entries: list[Entry] = []
 
     def add(self, tensor: torch.Tensor, offset: int, nbytes: int, pages: Iterable[int]) -> Entry:
@@ -129,11 +172,27 @@ class Guard:
         _set_class(tensor, entry.guarded)
         return entry
 
-    def remove(self) -> None:
-        """Give all tensors their plain class back, for good."""
+    def remove(self, name: str, *, readable: bool) -> None:
+        """End the guarding for good, and let go of everything.
+
+        Parameters
+        ----------
+        name
+            The model's, for messages.
+        readable
+            Whether the memory can be read as it is: then tensors get their plain class back. Else
+            they stay guarded, and reading them is an error.
+        """
         self.release_kept(force=True)
         for entry in self.entries:
-            self._forget(entry)
+            if readable:
+                self._forget(entry)
+            entry.gone = True
+            del entry.tensor  # which may refer to the entry
+        self.entries.clear()
+        self._by_address.clear()
+        self._access = NoAccess(name, readable=readable)
+        self.removed = True
         self.lost = False
 
     # ---- steps ---------------------------------------------------------------------------------
@@ -146,6 +205,11 @@ class Guard:
                 _set_class(entry.tensor, entry.plain)
                 if not entry.kept:
                     entry.count_before = entry.use_count()
+
+    def look_for_moved(self) -> None:
+        """Find tensors that were given other memory while they were open."""
+        for entry in self.entries:
+            self._note_move(entry)
 
     def close(self, entries: Iterable[Entry], *, training: bool = False) -> None:
         """Guard the tensors again; call it before their pages are let go of.
@@ -195,7 +259,6 @@ class Guard:
         entry.gone = True
         self.lost = True
         _set_class(entry.tensor, entry.plain)
-        self._by_address.pop(entry.storage.data_ptr(), None)
         if entry.tensor.__dict__.get("_penstock") is entry:
             del entry.tensor._penstock
 
@@ -227,9 +290,14 @@ class Guard:
         finally:
             try:
                 for entry in entries:
+                    self._note_move(entry)
                     self._note_change(entry, written=written and entry.silent)
             finally:
                 self._access.end_read(begun)
+
+    def _note_move(self, entry: Entry) -> None:
+        if not entry.gone and entry.tensor.data_ptr() != entry.address:
+            self._forget(entry)
 
     def _note_change(self, entry: Entry, *, written: bool = False) -> None:
         if entry.gone or (entry.tensor._version == entry.version and not written):
@@ -248,7 +316,7 @@ class Guard:
         if not isinstance(value, torch.Tensor) or isinstance(value, _Guarded):
             return value
         entry = self._by_address.get(_storage_address(value))
-        if entry is None or value is entry.tensor:
+        if entry is None or (not entry.gone and value is entry.tensor):
             return value
         _set_class(value, _guarded_class(type(value)))
         value._penstock = entry  # type: ignore[attr-defined]
@@ -278,8 +346,7 @@ class Guard:
         """Return a tensor or a view of it as it is kept on the host; do not write to it."""
         with torch._C.DisableTorchFunctionSubclass():
             flat = self._access.host_copy(entry.offset, entry.nbytes).view(like.dtype)
-            inside = like.storage_offset() - entry.tensor.storage_offset()
-            return flat.as_strided(like.shape, like.stride(), inside)
+            return flat.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
 class _Saved:
@@ -291,7 +358,8 @@ class _Saved:
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
-        self.version = entry.tensor._version
+        self.device = tensor.device
+        self.version = tensor._version
 
 
 def _unpack(saved: Any) -> torch.Tensor:  # noqa: ANN401
@@ -300,15 +368,13 @@ def _unpack(saved: Any) -> torch.Tensor:  # noqa: ANN401
         return tensor
     entry = saved.entry
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        if entry.tensor._version != saved.version:
+        if not entry.gone and entry.tensor._version != saved.version:
             raise RuntimeError(
                 "one of the weights needed for gradient computation has been modified by an "
                 "inplace operation after the forward pass that used it"
             )
-        view = entry.tensor.detach()
-        if saved.dtype != view.dtype:
-            view = view.view(saved.dtype)
-        view = view.as_strided(saved.shape, saved.stride, saved.offset)
+        view = torch.empty(0, dtype=saved.dtype, device=saved.device)
+        view.set_(entry.storage, saved.offset, saved.shape, saved.stride)
         return entry.guard.clone(entry, view)
 
 
@@ -333,7 +399,7 @@ class _Guarded:
             if not entries:
                 return func(*args, **kwargs)
             guard = entries[0].guard
-            if func in VIEWS:
+            if func in VIEWS and not guard.removed:
                 return guard.wrap(func(*args, **kwargs))
             if func in EXPORTS:
                 copy = guard.clone(entries[0], args[0])
@@ -382,7 +448,11 @@ def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Entry]:
     for value in tree_iter((args, kwargs)):
         if isinstance(value, _Guarded):
             entry = value._penstock
-            if not entry.gone:
+            # A view may be on the memory that its tensor has left.
+            if (
+                not entry.gone
+                or _storage_address(cast(torch.Tensor, value)) == entry.storage.data_ptr()
+            ):
                 found[id(entry)] = entry
     return list(found.values())
 

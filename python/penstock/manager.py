@@ -288,12 +288,14 @@ class MemoryManager:
             if model.origin is None:
                 raise ModelError(f"model {name!r} was registered, not adopted; unregister it")
             binding, memory, origin = model.binding, model.memory, model.origin
-            self.unregister(name)
+            self._forget(name, readable=True)
             with torch.inference_mode(False), torch.no_grad():
                 give_back(binding.placements, memory, origin)
 
     def unregister(self, name: str) -> None:
         """Forget a model. Its memory goes when the last tensor on it does.
+
+        Managed weights can be read on; weights on frames cannot, and say so.
 
         Raises
         ------
@@ -301,14 +303,17 @@ class MemoryManager:
             If there is no such model, or it is acquired.
         """
         with self._lock:
-            model = self._find(name)
-            if model.acquired:
-                raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
-            self._evict(model)
-            if model.runner is not None and model.memory is not None:
-                model.runner.detach()
-                model.memory.close()
-            del self._models[name]
+            self._forget(name, readable=self._pager.kind == "managed")
+
+    def _forget(self, name: str, *, readable: bool) -> None:
+        model = self._find(name)
+        if model.acquired:
+            raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
+        self._evict(model)
+        if model.runner is not None and model.memory is not None:
+            model.runner.detach(readable=readable)
+            model.memory.close()
+        del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:
         """Mark a model as in use, begin to bring it in, and return it.
@@ -329,9 +334,12 @@ class MemoryManager:
                 model.memory.set_active(True)
                 model.runner.prefetch()
             model.acquired += 1
-            self._uses += 1
-            model.last_use = self._uses
+            self._note_use(model)
             return model.binding.module
+
+    def _note_use(self, model: _Model) -> None:
+        self._uses += 1
+        model.last_use = self._uses
 
     def _share(self, model: _Model) -> None:
         """Make room for a model that is about to be used; give each model in use its share."""
@@ -394,6 +402,7 @@ class MemoryManager:
             if model.acquired == 0:
                 raise ModelError(f"model {name!r} is not acquired")
             model.acquired -= 1
+            self._note_use(model)
             if model.acquired == 0 and model.memory is not None and model.runner is not None:
                 model.memory.set_active(False)
                 model.runner.unwind()

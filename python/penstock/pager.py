@@ -351,7 +351,10 @@ class Pager:
         int
             Bytes given back to the budget.
         """
-        return region.core.evict(self._pages(region, start, nbytes))
+        pages = self._pages(region, start, nbytes)
+        if isinstance(region.core, _core.ManagedRegion):
+            return self.core.evict(region.core, pages)
+        return region.core.evict(pages)
 
     def synchronize(self) -> None:
         """Wait until all that was asked of the pager so far has ended."""

@@ -278,19 +278,26 @@ class Runner:
             return
         if self._calls:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
+        self._guard.look_for_moved()
         self._guard.close(self._entries, training=True)
         self._memory.region.core.end(self._memory.all_pages, self._stream())
         self._free = False
         self._hook(range(len(self._modules)))
 
-    def detach(self) -> None:
-        """Take the hooks and guards off the module, for good."""
+    def detach(self, *, readable: bool) -> None:
+        """Take the hooks and guards off the module, for good.
+
+        Parameters
+        ----------
+        readable
+            Whether the memory can be read without them; else reading it is an error from now on.
+        """
         self.unwind()
         self.attach()
         self._hook(())
         for save in self._saves:
             save.remove()
-        self._guard.remove()
+        self._guard.remove(self._name, readable=readable)
 
     # ---- access, for the guard -----------------------------------------------------------------
 
@@ -411,7 +418,8 @@ class Runner:
     # ---- passes --------------------------------------------------------------------------------
 
     def _begin_pass(self, entry: int) -> None:
-        if self._guard.lost:
+        order = self._orders.get(entry)
+        if self._guard.lost or order is None:
             self._binding.warn_if_moved()
         if not self._capturing and self._memory.pager.capturing():
             raise ScheduleError(
@@ -421,7 +429,6 @@ class Runner:
         self._guard.release_kept()
         self._called = []
         self._observed = []
-        order = self._orders.get(entry)
         if order is not None and order is not self._followed:
             self._follow(order)
         self._error_before = sys.exc_info()[1]

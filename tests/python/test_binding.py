@@ -19,7 +19,17 @@ from torch import nn
 import penstock
 from penstock import ParameterMovedWarning
 from penstock.manager import MemoryManager
-from python.support import MIB, build, charge_of, manager_with, mlp, raw, region_of, same_bits, state_of
+from python.support import (
+    MIB,
+    build,
+    charge_of,
+    manager_with,
+    mlp,
+    raw,
+    region_of,
+    same_bits,
+    state_of,
+)
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
@@ -120,7 +130,7 @@ def test_module_is_what_the_builder_made(manager: MemoryManager, reference: nn.M
         for (name, tensor), (wanted_name, wanted) in zip(ours, theirs, strict=True):
             assert name == wanted_name
             assert same_bits(tensor.detach(), wanted.detach()), name
-            assert type(tensor) is type(wanted)
+            assert isinstance(tensor, type(wanted))
             assert tensor.requires_grad == wanted.requires_grad
             assert tensor.is_leaf
     assert module.head.weight is module.embedding.weight

@@ -153,7 +153,7 @@ def try_every_position(rig: Rig, calls: dict[str, int]) -> dict[str, int]:
 
 
 # Calls whose failure nobody is told of, but the figures: what they give back is gone in any case.
-QUIET = {"event_destroy", "managed_release", "stream_destroy"}
+QUIET = {"event_destroy", "event_elapsed", "managed_release", "stream_destroy"}
 # Calls whose failure cannot be got over silently. Those of look-ahead, for example, can.
 LOUD = {"managed_reserve", "managed_read", "managed_write", "managed_evict"}
 
@@ -170,7 +170,7 @@ def test_every_call_may_fail_at_every_position(rig: Rig) -> None:
         assert count > 0 or name not in LOUD, f"{name} raised nothing"
 
 
-@pytest.mark.parametrize("name", sorted(QUIET))
+@pytest.mark.parametrize("name", ["event_destroy", "managed_release", "stream_destroy"])
 def test_failure_to_give_something_back_is_counted_and_reported(name: str) -> None:
     rig = Rig()
     rig.device.fail_nth_call_of(name, 0)
@@ -356,7 +356,8 @@ def test_pager_calls_fail_one_by_one_and_keep_the_bytes() -> None:
 # ---- slow devices ------------------------------------------------------------------------------
 
 CALLS = [
-    *("event_create", "event_destroy", "event_record", "event_synchronize", "event_wait"),
+    *("event_create", "event_destroy", "event_done", "event_elapsed", "event_record"),
+    *("event_synchronize", "event_wait"),
     *("managed_evict", "managed_prefetch", "managed_read", "managed_release", "managed_reserve"),
     *("managed_write", "stream_create", "stream_destroy", "stream_synchronize"),
 ]

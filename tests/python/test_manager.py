@@ -316,7 +316,7 @@ def test_error_in_a_forward_gives_everything_back(
     model = build(Breaking)
     wanted = model(X).detach()
     manager = manager_with(Breaking, state_of(model), cap=2 * STEP, page_size=PAGE)
-    
+
     def run(module: nn.Module) -> None:
         with torch.no_grad():
             assert same_bits(module(X), wanted)
@@ -421,7 +421,10 @@ def test_step_of_the_root_is_named() -> None:
     manager = manager_with(
         lambda: nn.Linear(512, 512), state_of(build(lambda: nn.Linear(512, 512))), cap="512KiB"
     )
-    with pytest.raises(CapExceededError, match="step 'the model itself'"), manager.use("m") as module:
+    with (
+        pytest.raises(CapExceededError, match="step 'the model itself'"),
+        manager.use("m") as module,
+    ):
         module(torch.ones(1, 512))
 
 
