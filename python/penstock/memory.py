@@ -66,6 +66,11 @@ class ModelMemory(ABC):
     def fits(self) -> bool:
         """Whether all pages may be in place at once."""
 
+    @property
+    @abstractmethod
+    def most_pages(self) -> int:
+        """Pages that may be in place at once."""
+
     @abstractmethod
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
         """Keep what was written to a range, which is in use."""
@@ -147,6 +152,11 @@ class ManagedMemory(ModelMemory):
     def fits(self) -> bool:
         return self.region.nbytes <= self.pager.cap
 
+    @property
+    @override
+    def most_pages(self) -> int:
+        return self.pager.cap // self.pager.page_size
+
     @override
     def set_active(self, active: bool) -> None:
         self.pager.core.set_active(self.region_core, active)
@@ -223,6 +233,11 @@ class FramesMemory(ModelMemory):
     @override
     def fits(self) -> bool:
         return self.plan is not None and self.plan.ring == 0
+
+    @property
+    @override
+    def most_pages(self) -> int:
+        return self.frames
 
     @property
     def frames_held(self) -> int:

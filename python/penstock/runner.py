@@ -536,7 +536,28 @@ class Runner:
             whole = self._whole.get(call.module, frozenset())
             if self._steps.learn(call.module, call.read | whole):
                 self._define(call.module)
-        self._called = []
+        self._called = self._order_of(observed)
+        if modules := self._held_too_long(self._called):
+            for module in modules:
+                self._steps.read_singly(module)
+                self._define(module)
+            self._called = self._order_of(observed)
+
+    def _held_too_long(self, places: Sequence[Place]) -> set[int]:
+        """Find modules that read by themselves, and hold that while their parts have no room.
+
+        Observed, each tensor is there from its first read on; a step, from its call on.
+        """
+        found: set[int] = set()
+        order = Order(tuple(places))
+        for (_, outer), pages in zip(places, self._pages_in_use(order), strict=True):
+            if len(pages) > self._memory.most_pages:
+                found.update(step for step in outer if step not in self._whole)
+        return found
+
+    def _order_of(self, observed: Sequence[_Call]) -> list[Place]:
+        """Return the steps that observed calls will be."""
+        places: list[Place] = []
         for call in observed:
             outer: list[int] = []
             around = call.parent
@@ -546,10 +567,11 @@ class Runner:
                 around = around.parent
             stable = self._steps.tensors(call.module)
             if stable:
-                self._called.append((call.module, tuple(outer)))
+                places.append((call.module, tuple(outer)))
                 outer.append(call.module)
             if rest := call.read - stable:
-                self._called.append((self._read_step(rest), tuple(outer)))
+                places.append((self._read_step(rest), tuple(outer)))
+        return places
 
     def _read_step(self, tensors: set[int]) -> int:
         step, new = self._steps.read_step(tensors)

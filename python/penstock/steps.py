@@ -67,6 +67,10 @@ class Steps:
         self._learned[module] = seen if known is None else known & seen
         return self._learned[module] != before
 
+    def read_singly(self, module: int) -> None:
+        """Have a module's step read nothing; what the module reads is in steps of its own."""
+        self._learned[module] = frozenset()
+
     def read_step(self, tensors: Iterable[int]) -> tuple[int, bool]:
         """Return the step that reads just these tensors, and whether it is new."""
         key = frozenset(tensors)
