@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
 from typing import Any, cast
 
@@ -396,14 +396,18 @@ class Runner:
         except CapExceededError as error:
             tensors = self._steps.tensors(step)
             size = len({page for i in tensors for page in self._entries[i].pages})
-            raise CapExceededError(
-                f"model {self._name!r}: step {self._steps.name(call.module)!r} reads "
-                f"{format_bytes(size * self._memory.pager.page_size)} at once. {error}",
-                requested=error.requested,
-                cap=error.cap,
-                used=error.used,
-            ) from None
+            raise self._refusal(call.module, size, error) from None
         call.begun.append(step)
+
+    def _refusal(self, step: int, pages: int, error: CapExceededError) -> CapExceededError:
+        """Say which step does not fit."""
+        return CapExceededError(
+            f"model {self._name!r}: step {self._steps.name(step)!r} reads "
+            f"{format_bytes(pages * self._memory.pager.page_size)} at once. {error}",
+            requested=error.requested,
+            cap=error.cap,
+            used=error.used,
+        )
 
     def _end_steps(self, call: _Call) -> None:
         error: Exception | None = None
@@ -473,19 +477,25 @@ class Runner:
         assert order is not None
         self._repeats = self._repeats + 1 if self._previous is order else 0
         previous, self._previous = self._previous, order
-        if steady and order not in self._planned_for:
-            together = [order] if previous in (None, order) else [previous, order]
-            self._plan_for([each for each in together if each is not None])
-        elif len(self._planned_for) > 1 and self._repeats >= _REPEATS:
-            self._plan_for([order])
-        elif self._planned_for == [order]:
-            self._improve_by_times(order)
+        with suppress(CapExceededError):  # this pass is done; the next says which step is too large
+            if steady and order not in self._planned_for:
+                together = [order] if previous in (None, order) else [previous, order]
+                self._plan_for([each for each in together if each is not None])
+            elif len(self._planned_for) > 1 and self._repeats >= _REPEATS:
+                self._plan_for([order])
+            elif self._planned_for == [order]:
+                self._improve_by_times(order)
         if self._memory.fits() and self._streamer.stats().loaded_bytes == self._loaded_before:
             self._run_freely()
 
     def _plan_for(self, orders: list[Order]) -> None:
         pages = [used for order in orders for used in self._pages_in_use(order)]
-        self._memory.arrange(pages, ())
+        try:
+            self._memory.arrange(pages, ())
+        except CapExceededError as error:
+            places = [place for order in orders for place in order.places]
+            (step, _), largest = max(zip(places, pages, strict=True), key=lambda each: len(each[1]))
+            raise self._refusal(step, len(largest), error) from None
         self._planned_for = orders
         self._phase = _Phase.PLANNED
 
