@@ -12,6 +12,7 @@ namespace penstock {
 
 namespace {
 
+constexpr std::size_t kCapturedCopy = std::size_t{128} << 20;
 constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
 
 void note_reader(std::vector<std::pair<void*, Event>>& readers, StreamHandle stream,
@@ -199,23 +200,34 @@ std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
       continue;
     }
     if (!may_load(first)) break;
-    // Pages that the same step needs are one copy, where they lie together on both sides.
-    const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
-    const StepTime use = schedule_.next_use(first, now_);
-    std::size_t count = 1;
-    while (count < most && there + count < pages.size()) {
-      const PageIndex next = pages[there + count];
-      if (next != first + count || in_place(pages_[next], next)) break;
-      if (schedule_.next_use(next, now_) != use || !may_load(next)) break;
-      const auto shares = [&](PageIndex page) { return pages_[page].place == pages_[next].place; };
-      const auto* const run = pages.data() + there;
-      if (std::any_of(run, run + count, shares)) break;
-      ++count;
-    }
+    const std::size_t count = run_to_load(pages, there);
+    if (count == 0) break;
     load(first, count, false);
     there += count;
   }
   return there;
+}
+
+std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::size_t start) {
+  // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
+  // fewer and larger copies, since each costs its launch some microseconds.
+  const PageIndex first = pages[start];
+  const std::size_t group = std::max<std::size_t>(1, kCapturedCopy / page_size_);
+  const std::size_t together = verify_ ? 1 : tier_->pages_together(first);
+  const std::size_t most = capturing_ ? std::min(together, group) : together;
+  const StepTime use = schedule_.next_use(first, now_);
+  std::size_t count = 1;
+  while (count < most && start + count < pages.size()) {
+    const PageIndex next = pages[start + count];
+    if (next != first + count || in_place(pages_[next], next)) break;
+    if (!capturing_ && schedule_.next_use(next, now_) != use) break;
+    const auto shares = [&](PageIndex page) { return pages_[page].place == pages_[next].place; };
+    const auto* const run = pages.data() + start;
+    if (std::any_of(run, run + count, shares)) break;
+    if (!may_load(next)) return capturing_ ? 0 : count;  // soon there is room for more at once
+    ++count;
+  }
+  return count;
 }
 
 void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {

@@ -142,6 +142,8 @@ class FramesRegion : public Region {
     return place.owner == kNobody || pages_[place.owner].pins == 0;
   }
   bool may_load(PageIndex page);
+  /// How many pages, from pages[start] on, to load by one copy now; 0 for none yet.
+  std::size_t run_to_load(const std::vector<PageIndex>& pages, std::size_t start);
   /// Loads pages that follow each other by one copy, as far as their bytes lie together.
   void load(PageIndex first, std::size_t count, bool demanded);
   void add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first);
