@@ -251,6 +251,7 @@ class FramesMemory(ModelMemory):
             "system_resident_bytes": None,
             "pinned_bytes": tier.pinned_bytes,
             "mapped_bytes": tier.mapped_bytes,
+            "read_bytes": tier.read_bytes,
             "host_tier": self.tier.kind,
             "ring_bytes": self.plan.ring * self.pager.page_size if self.plan else 0,
         }

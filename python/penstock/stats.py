@@ -47,6 +47,8 @@ class MemoryStats:
         The same as the operating system counts it; None where it cannot tell.
     pinned_bytes, mapped_bytes
         Host memory that holds its weights: of its own, and of the page cache.
+    read_bytes
+        Read from files so far, to fill host memory or to stream.
     host_tier
         Where its weights wait on the host; empty with managed memory.
     loaded_bytes, evicted_bytes
@@ -69,6 +71,7 @@ class MemoryStats:
     system_resident_bytes: int | None = 0
     pinned_bytes: int = 0
     mapped_bytes: int = 0
+    read_bytes: int = 0
     host_tier: str = ""
     loaded_bytes: int = 0
     evicted_bytes: int = 0

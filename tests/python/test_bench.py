@@ -27,7 +27,7 @@ from python.support import MIB
 GIB = 1 << 30
 LINK = 50e9
 WEIGHTS = 8 * GIB
-SIZES = Sizes(ring=400 * MIB, cap=4 * GIB, above=9 * GIB, host_budget=2 * GIB)
+SIZES = Sizes(ring=400 * MIB, managed_ring=2 * GIB, cap=4 * GIB, above=9 * GIB, host_budget=2 * GIB)
 CPU = torch.device("cpu")
 
 needs_transformers = pytest.mark.skipif(
@@ -257,7 +257,12 @@ def rows() -> dict[str, Row]:
     ]
     found = {entry["case"]: entry for entry in good}
     found["penstock-frames-above"] |= {"seconds_in_turn": 0.01, "resident_seconds_in_turn": 0.01}
-    found["penstock-frames-stream"] |= {"raw_reads": {"direct": 2e9}, "cached_share": 0.0}
+    found["penstock-frames-stream"] |= {
+        "raw_reads": {"direct": 1e9},
+        "raw_reads_after": {"direct": 2e9},
+        "read_bytes": WEIGHTS,
+        "cached_share": 0.0,
+    }
     return found
 
 

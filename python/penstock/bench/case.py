@@ -159,6 +159,7 @@ def time_subject(
         subject.run(ids)
     synchronize(device)
     loaded = subject.figures().get("loaded_bytes", 0)
+    read = subject.figures().get("read_bytes", 0)
     start = time.perf_counter()
     times = time_passes(
         lambda: subject.run(ids),
@@ -176,6 +177,9 @@ def time_subject(
     figures["least_seconds"] = times.least
     figures["passes"] = times.count
     figures["moved_bytes"] = moved
+    figures["read_bytes"] = (subject.figures().get("read_bytes", 0) - read) / times.count
+    if options.cold:  # again, as the disk may have a cache of its own
+        figures["raw_reads_after"] = reads.raw_read_rates(options.files())
     if subject.launch is not None:
         launches = time_launches(subject.launch, device, passes=options.passes)
         figures["launch_seconds"] = launches.median

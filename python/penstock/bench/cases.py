@@ -37,6 +37,7 @@ class Sizes:
     """
 
     ring: int
+    managed_ring: int
     cap: int
     above: int
     host_budget: int
@@ -90,7 +91,7 @@ def catalogue(device: str, sizes: Sizes) -> list[Case]:
     cases = [
         Case("resident", "resident", {"writes": "short"}),
         ours("frames-ring", **frames, cap=sizes.ring),
-        ours("managed-ring", **managed, cap=sizes.ring),
+        ours("managed-ring", **managed, cap=sizes.managed_ring),
         ours("frames-cap", **frames, cap=sizes.cap),
         ours("managed-cap", **managed, cap=sizes.cap),
         ours("frames-above", **frames, cap=sizes.above, beside_resident=True),

@@ -33,6 +33,7 @@ def load_penstock(options: CaseOptions, ids: torch.Tensor, stack: ExitStack) -> 
         stats = manager.stats()
         return {
             "loaded_bytes": stats.loaded_bytes + replayed,
+            "read_bytes": stats.models["llama"].memory.read_bytes,
             "peak": stats.peak,
             "cap": stats.cap,
             "memory": asdict(stats.models["llama"].memory),

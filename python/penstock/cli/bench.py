@@ -60,7 +60,11 @@ def add_options(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> 
         default="auto",
         help='tokens, "none", or "auto": so many that compute takes as long as copying',
     )
-    add("--ring", type=size, help="cap at which nothing stays resident; default: 400MiB on a GPU")
+    add(
+        "--ring",
+        type=size,
+        help="cap at which next to nothing stays; default on a GPU: 400MiB, managed 2GiB",
+    )
     add("--cap", type=size, help="cap for a part of the weights; default: 4GiB on a GPU")
     add("--host-budget", type=size, default=2 * GIB, help="RAM of the stream tier; default: 2GiB")
     add("--passes", type=int, default=10, help="passes to time at least; default: 10")
@@ -154,6 +158,8 @@ class _Plan:
     def sizes(self, nbytes: int) -> Sizes:
         return Sizes(
             ring=self.options.ring or (max(16 * MIB, nbytes // 4) if self.small else 400 * MIB),
+            managed_ring=self.options.ring
+            or (max(16 * MIB, nbytes // 4) if self.small else 2 * GIB),
             cap=self.options.cap or (nbytes // 2 if self.small else 4 * GIB),
             above=nbytes + nbytes // 8 + 64 * MIB,
             host_budget=self.options.host_budget,
