@@ -327,9 +327,27 @@ class Guard:
     def saving(self) -> AbstractContextManager[Any]:
         """Have autograd remember weights by name, not by address, inside the block.
 
-        In any case, since code inside may turn gradients on.
+        In any case, since code inside may turn gradients on. Hooks around it, such as those of
+        checkpointing, go on to see everything.
         """
-        return saved_tensors_hooks(self._pack, _unpack)
+        around = _hooks_around()
+        if around is None:
+            return saved_tensors_hooks(self._pack, _unpack)
+        pack, unpack = around
+
+        def pack_both(tensor: torch.Tensor) -> tuple[Any, _Saved | None]:
+            packed = pack(tensor)
+            saved = self._pack(tensor) if isinstance(packed, torch.Tensor) else None
+            return packed, saved if isinstance(saved, _Saved) else None
+
+        def unpack_both(both: tuple[Any, _Saved | None]) -> torch.Tensor:
+            packed, saved = both
+            value: torch.Tensor = unpack(packed)
+            # Where the hooks around left it on the region, it is read from there as ever.
+            inside = saved is not None and _storage_address(value) == saved.entry.storage.data_ptr()
+            return _unpack(saved) if inside else value
+
+        return saved_tensors_hooks(pack_both, unpack_both)
 
     def _pack(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401
         entry = self._by_address.get(_storage_address(tensor))
@@ -360,6 +378,12 @@ class _Saved:
         self.offset = tensor.storage_offset()
         self.device = tensor.device
         self.version = tensor._version
+
+
+def _hooks_around() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    """Return what saves tensors now, if it is not autograd itself."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top(True) if top is not None else None
 
 
 def _unpack(saved: Any) -> torch.Tensor:  # noqa: ANN401

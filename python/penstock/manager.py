@@ -589,6 +589,7 @@ class MemoryManager:
     def _evict(self, model: _Model) -> None:
         if model.memory is not None and model.runner is not None:
             model.runner.attach()
+            model.runner.release_views()
             model.memory.evict()
 
     def _model_stats(self, model: _Model) -> ModelStats:

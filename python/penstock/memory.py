@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from penstock import _core
-from penstock.errors import CapExceededError
+from penstock.errors import CapExceededError, ScheduleError
 from penstock.pager import Pager, Region
 from penstock.stats import MemoryStats, PassFigures
 
@@ -224,7 +224,11 @@ class FramesMemory(ModelMemory):
         plan = self.pager.plan(self.page_count, steps, frames, seconds)
         arranged = (tuple(plan.slot), plan.ring)
         if arranged != self._arranged:
-            self.region_core.arrange(plan.slot, plan.ring)
+            try:
+                self.region_core.arrange(plan.slot, plan.ring)
+            except ScheduleError:  # somebody holds a view: places are found on demand until then
+                self.plan = None
+                return
             self._arranged = arranged
             self.generation += 1
         self.plan = plan

@@ -267,6 +267,10 @@ class Runner:
         """Load from the beginning of the order on, as far as there is room."""
         self._streamer.prefetch()
 
+    def release_views(self) -> None:
+        """Let go of pages that were kept for views which are gone."""
+        self._guard.release_kept()
+
     def unwind(self) -> None:
         """End calls that an interrupt left open."""
         while self._calls:
