@@ -20,6 +20,8 @@ MIB = 1 << 20
 SYSTEM_PAGE = 4 * KIB  # what the system maps, and so the ledger counts, as a whole
 
 T = TypeVar("T")
+PAGERS = ("managed", "frames")
+
 Builder = Callable[[], nn.Module]
 
 
@@ -45,10 +47,22 @@ def manager_with(
     cap: int | str,
     page_size: int | str = "64KiB",
     device: Any = "cpu",
+    pager: str = "managed",
+    host: str = "auto",
+    verify: bool = False,
+    trace: bool = False,
     **options: Any,
 ) -> penstock.MemoryManager:
     """Make a manager that has one model, "m"."""
-    manager = penstock.MemoryManager(cap=cap, device=device, page_size=page_size)
+    manager = penstock.MemoryManager(
+        cap=cap,
+        device=device,
+        page_size=page_size,
+        pager=pager,
+        host=host,
+        verify=verify,
+        trace=trace,
+    )
     manager.register("m", lambda: builder().eval(), state, **options)
     return manager
 

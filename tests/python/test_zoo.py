@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import penstock
 from penstock import CapExceededError, MemoryManager
 from python.support import (
     KIB,
     MIB,
+    PAGERS,
     ResidentSampler,
     build,
     manager_with,
@@ -469,19 +471,87 @@ class Fallible(nn.Module):
 animal("errors that the model handles", Fallible)(run_flat)
 
 
-@animal("gradients", lambda d: nn.Sequential(Block(d), nn.Linear(d, d), Block(d)))
-def _(model: nn.Module, d: int) -> object:
-    with torch.enable_grad():
-        model.zero_grad()
-        x = noise(3, d).requires_grad_()
-        model(x).square().mean().backward()
-        return x.grad, [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
 @animal("autocast", lambda d: nn.Sequential(Block(d), nn.LSTM(d, d), nn.Identity()))
 def _(model: nn.Module, d: int) -> object:
     with torch.autocast("cpu", torch.bfloat16):
         return model(noise(3, d))
+
+
+class Checkpointed(nn.Module):
+    """Computes its parts anew in the backward pass."""
+
+    def __init__(self, width: int, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def run_gradients(model: nn.Module, d: int) -> object:
+    with torch.enable_grad():
+        model.zero_grad()
+        x = noise(3, d).requires_grad_()
+        model(x).square().mean().backward()
+        return x.grad, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+class OnlyOutput(nn.LSTM):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class OnlyFirst(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        first, looked_up, both, stacked = super().forward(x)
+        return first + looked_up.sum(0) + both + stacked.sum(0)
+
+
+animal("gradients", lambda d: nn.Sequential(Block(d), nn.Linear(d, d), Block(d)))(run_gradients)
+animal("checkpointed gradients", lambda d: Checkpointed(d, False))(run_gradients)
+animal("checkpointed gradients, reentrant", lambda d: Checkpointed(d, True))(run_gradients)
+animal("gradients of recurrent layers", lambda d: nn.Sequential(Block(d), OnlyOutput(d)))(
+    run_gradients
+)
+animal("gradients of tied weights", lambda d: TwoNames(d))(run_gradients)
+animal("gradients of functional calls", lambda d: OnlyFirst(d))(run_gradients)
+animal("gradients of weight norm", normed(parametrizations.weight_norm))(run_gradients)
+
+
+@animal("weights read between passes", Tied)
+def _(model: Tied, d: int) -> object:
+    ids = torch.arange(17).view(1, 17) * 11 % 200
+    hidden = model.blocks[0](model.embedding(ids))
+    table = model.head.weight
+    logits = model(ids)
+    loss = F.cross_entropy(hidden.flatten(0, 1) @ table.T, ids.flatten())
+    norms = [p.square().sum() for p in model.parameters()]
+    rows = table[3].clone(), table[5:7] * 2, 2 * table[:, 1] + table[0, 0], table.mean(0)
+    return logits, loss, norms, rows
+
+
+@animal("other parameters for a call", lambda d: nn.Sequential(Block(d), nn.Linear(d, d), Block(d)))
+def _(model: nn.Module, d: int) -> object:
+    own = dict(model.named_parameters())
+    doubled = {name: 2 * each for name, each in own.items()}
+    mixed = {name: own[name] if name.startswith("0") else doubled[name] for name in own}
+    x = noise(3, d)
+    return [torch.func.functional_call(model, each, (x,)) for each in (own, doubled, mixed, {})]
+
+
+@animal("encoder and decoder in turns", whole_transformer)
+def _(model: nn.Transformer, d: int) -> object:
+    found = []
+    for seed in range(3):
+        memory = model.encoder(noise(2, 6, d, seed=seed))
+        found += [model.decoder(noise(2, n, d, seed=seed), memory) for n in (1, 2)]
+    return found
 
 
 # ---- models of transformers --------------------------------------------------------------------
@@ -547,7 +617,8 @@ def least_cap(works: Callable[[int], object], page_size: int) -> int:
 class Trial:
     """One animal in ordinary memory, and what it answers."""
 
-    def __init__(self, chosen: Animal, width: int, page_size: int) -> None:
+    def __init__(self, chosen: Animal, width: int, page_size: int, pager: str = "managed") -> None:
+        self.pager = pager
         self.animal, self.width, self.page_size = chosen, width, page_size
         self.model = build(self.builder)
         self.state = state_of(self.model)
@@ -561,8 +632,15 @@ class Trial:
     def builder(self) -> nn.Module:
         return self.animal.make(self.width)
 
-    def manager(self, cap: int) -> MemoryManager:
-        return manager_with(self.builder, self.state, cap=cap, page_size=self.page_size)
+    def manager(self, cap: int, *, verify: bool = False) -> MemoryManager:
+        return manager_with(
+            self.builder,
+            self.state,
+            cap=cap,
+            page_size=self.page_size,
+            pager=self.pager,
+            verify=verify,
+        )
 
     def passes(self, manager: MemoryManager) -> None:
         with torch.no_grad(), manager.use("m") as model:
@@ -591,15 +669,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("pager", PAGERS)
 @pytest.mark.parametrize("name", ZOO)
-def test_output_is_bit_identical_under_any_cap(name: str) -> None:
-    trial = Trial(ZOO[name], NARROW, 64 * KIB)
+def test_output_is_bit_identical_under_any_cap(name: str, pager: str) -> None:
+    trial = Trial(ZOO[name], NARROW, 64 * KIB, pager)
     whole = trial.manager(64 * MIB)
     trial.check(whole)
     weights = whole.stats().models["m"].nbytes
     least = least_cap(lambda cap: trial.passes(trial.manager(cap)), trial.page_size)
     for cap in sorted({least, max(least, weights // 2), max(least, weights // 2 + 12345)}):
         within(120, lambda cap=cap: trial.check(trial.manager(cap)))
+    if pager == "frames":  # each load is compared with its source, and what was used is overwritten
+        within(120, lambda: trial.check(trial.manager(least, verify=True)))
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].wide])
@@ -650,25 +731,103 @@ def test_cap_that_is_enough_for_the_first_pass_is_enough_for_all() -> None:
     trial.check(trial.manager(least_cap(first_pass, 4 * KIB)))
 
 
-def test_statistics_that_a_forward_writes_are_kept() -> None:
+@pytest.mark.parametrize("pager", PAGERS)
+def test_statistics_that_a_forward_writes_are_kept(pager: str) -> None:
+    width = 2 * NARROW
+
     def builder() -> nn.Module:
         return nn.Sequential(
-            *(
-                make(NARROW)
-                for _ in range(4)
-                for make in (lambda d: nn.Linear(d, d), nn.BatchNorm1d)
-            )
+            *(make(width) for _ in range(4) for make in (lambda d: nn.Linear(d, d), nn.BatchNorm1d))
         )
 
     model = build(builder).train()
-    manager = manager_with(builder, state_of(model), cap=48 * KIB, page_size=4 * KIB, writable=True)
+    manager = manager_with(
+        builder, state_of(model), cap=256 * KIB, pager=pager, writable=pager == "managed"
+    )
     for seed in range(4):
-        x = noise(5, NARROW, seed=seed)
+        x = noise(5, width, seed=seed)
         with torch.no_grad(), manager.use("m") as bound:
             assert same_bits(bound.train()(x), model(x))
     assert manager.stats().evicted_bytes > manager.stats().models["m"].nbytes
     with manager.use("m") as bound:
-        assert same_bits(bound.state_dict(), model.state_dict())
+        assert same_bits(dict(bound.state_dict()), dict(model.state_dict()))
+        assert same_bits(bound.eval()(x).detach(), model.eval()(x).detach())
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, 0.01, foreach=True),
+}
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_steps_are_those_of_the_resident_model(name: str, pager: str) -> None:
+    def builder() -> nn.Module:
+        return nn.Sequential(*(Block(NARROW) for _ in range(3)))
+
+    model = build(builder)
+    cap = 512 * KIB if name == "foreach" else 192 * KIB  # it reads all weights at once
+    manager = manager_with(
+        builder, state_of(model), cap=cap, pager=pager, writable=pager == "managed"
+    )
+
+    def train(trained: nn.Module) -> list[Tensor]:
+        optimizer = OPTIMIZERS[name](trained.parameters())
+        losses = []
+        for seed in range(4):
+            optimizer.zero_grad()
+            loss = trained(noise(3, NARROW, seed=seed)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    wanted = train(model)
+    with manager.use("m") as bound:
+        assert same_bits(train(bound), wanted)
+    with manager.use("m") as bound:
+        assert same_bits(dict(bound.state_dict()), dict(model.state_dict()))
+        bound.zero_grad()
+    assert manager.stats().peak <= cap
+    assert manager.stats().used == 0
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_view_that_a_module_keeps_from_its_first_call_stays_right(pager: str) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2 * NARROW, 2 * NARROW))
+            self.turned: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.turned is None:
+                self.turned = self.weight.t()[1:]
+            return x @ self.turned.mT
+
+    def builder() -> nn.Module:
+        return nn.Sequential(Keeps(), nn.Linear(2 * NARROW - 1, 2 * NARROW), Keeps())
+
+    model = build(builder)
+    manager = manager_with(builder, state_of(model), cap="512KiB", pager=pager)
+    with torch.no_grad():
+        for seed in range(3):
+            with manager.use("m") as bound:
+                for _ in range(3):
+                    x = noise(2, 192, seed=seed)
+                    assert same_bits(bound(x), model(x))
+    assert manager.stats().peak <= 512 * KIB
+    for keeps in (bound[0], bound[2]):
+        keeps.turned = None
+    with torch.no_grad(), manager.use("m") as bound:
+        assert same_bits(bound(x), model(x))
+        for keeps in (bound[0], bound[2]):
+            keeps.turned = None
+    with manager.use("m"):
+        pass
+    assert manager.stats().used == 0
 
 
 def test_entry_points_do_not_disturb_each_other() -> None:
