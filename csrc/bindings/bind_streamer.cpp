@@ -46,7 +46,7 @@ void bind_streamer(py::module_& module) {
   py::class_<Streamer, std::shared_ptr<Streamer>>(module, "Streamer",
                                                   "Runs a model through its region, step by step.")
       .def(py::init<std::shared_ptr<Region>>(), py::arg("region"))
-      .def("define", &Streamer::define, py::arg("step"), py::arg("pages"),
+      .def("define", &Streamer::define, py::arg("step"), py::arg("pages"), py::arg("name") = "step",
            "Say which pages a step reads.")
       .def("follow", &Streamer::follow, py::arg("order"), py::arg("pages"), without_gil,
            "Expect steps in this order; give all pages in use at each place of it.")

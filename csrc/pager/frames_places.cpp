@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "device/ranges.hpp"
 #include "error/error.hpp"
 #include "error/format.hpp"
 #include "pager/frames_region.hpp"
@@ -126,6 +127,7 @@ std::size_t FramesRegion::drop_empty_places() {
 }
 
 std::size_t FramesRegion::evict(const std::vector<PageIndex>& pages) {
+  const ScopedRange range("evict");
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   for (const PageIndex index : pages) {

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "device/ranges.hpp"
 #include "error/error.hpp"
 
 namespace penstock {
@@ -232,6 +233,7 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
 
 void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
   const auto end = static_cast<PageIndex>(first + count);
+  const ScopedRange range(demanded ? "demanded load" : "load");
   std::vector<Piece> pieces;
   Event start;
   Event ready;

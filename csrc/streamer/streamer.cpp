@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "device/ranges.hpp"
 #include "error/error.hpp"
 
 namespace penstock {
@@ -21,6 +22,7 @@ Streamer::Streamer(std::shared_ptr<Region> region)
 Streamer::~Streamer() {
   region_->drop_observer(this);
   for (const Open& step : open_) {
+    end_range(step.range);
     try {
       region_->end(*step.pages, step.stream);
     } catch (const std::exception& error) {
@@ -31,7 +33,7 @@ Streamer::~Streamer() {
 
 // ---- the order ---------------------------------------------------------------------------------
 
-void Streamer::define(StepId id, std::vector<PageIndex> pages) {
+void Streamer::define(StepId id, std::vector<PageIndex> pages, std::string name) {
   std::sort(pages.begin(), pages.end());
   pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
   if (!pages.empty() && pages.back() >= region_->page_count()) {
@@ -40,7 +42,11 @@ void Streamer::define(StepId id, std::vector<PageIndex> pages) {
                             std::to_string(region_->page_count()) + " pages");
   }
   const std::lock_guard lock(mutex_);
-  if (id >= steps_.size()) steps_.resize(std::size_t{id} + 1);
+  if (id >= steps_.size()) {
+    steps_.resize(std::size_t{id} + 1);
+    names_.resize(std::size_t{id} + 1);
+  }
+  names_[id] = std::move(name);
   steps_[id] = std::make_shared<const Pages>(std::move(pages));
 }
 
@@ -199,10 +205,11 @@ void Streamer::begin(StepId id, StreamHandle stream) {
   ++steps_run_;
   const bool timed = !capturing_ && (tracing_ || !region_->settled(*pages));
   const Event before = timed ? note_time(stream) : nullptr;
-  open_.push_back({id, stream, pages, nullptr});
+  open_.push_back({id, stream, pages, nullptr, start_range(names_[id].c_str())});
   try {
     region_->begin(*pages, stream);
   } catch (...) {
+    end_range(open_.back().range);
     open_.pop_back();
     throw;
   }
@@ -224,6 +231,7 @@ void Streamer::end(StepId id, StreamHandle stream) {
   }
   const Open step = std::move(*found);
   open_.erase(std::next(found).base());
+  end_range(step.range);
   if (const Event after = step.since ? note_time(stream) : nullptr) {
     const std::lock_guard observed(observed_mutex_);
     timeline_.add_span(SpanKind::kStep, id, 0, step.since, after);

@@ -22,6 +22,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -52,7 +53,8 @@ class Streamer : private PageObserver {
   Streamer& operator=(const Streamer&) = delete;
 
   /// Says which pages a step reads. @throws std::out_of_range for a page that does not exist.
-  void define(StepId id, std::vector<PageIndex> pages);
+  /// @param name  For profilers.
+  void define(StepId id, std::vector<PageIndex> pages, std::string name = "step");
   /// Expects steps in this order, over and over, from the first on.
   /// @param pages  For each place in the order, all pages in use there.
   void follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages);
@@ -96,7 +98,8 @@ class Streamer : private PageObserver {
     StepId id;
     StreamHandle stream;
     std::shared_ptr<const Pages> pages;
-    Event since;  // when it began, where that is traced
+    Event since;          // when it began, where that is traced
+    std::uint64_t range;  // on a profiler's timeline
   };
   struct Upcoming {
     std::vector<StepId> order;
@@ -122,6 +125,7 @@ class Streamer : private PageObserver {
 
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<const Pages>> steps_;  // by id; null: not defined
+  std::vector<std::string> names_;                   // by id
   std::vector<Open> open_;                           // the latest last
   Upcoming upcoming_;
   StepTime now_ = 0;             // time of the last step that began; see Schedule

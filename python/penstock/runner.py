@@ -596,7 +596,7 @@ class Runner:
     def _define(self, step: int) -> None:
         tensors = sorted(self._steps.tensors(step))
         pages = {page for i in tensors for page in self._entries[i].pages}
-        self._streamer.define(step, sorted(pages))
+        self._streamer.define(step, sorted(pages), self._steps.name(step))
         if step < len(self._modules):
             self._step_entries[step] = [self._entries[i] for i in tensors]
 
