@@ -34,6 +34,9 @@ void bind_page_table(py::module_& module) {
       .def("pin", &PageTable::pin, py::arg("page"))
       .def("unpin", &PageTable::unpin, py::arg("page"))
       .def("touch", &PageTable::touch, py::arg("page"))
+      .def("keep", &PageTable::keep, py::arg("pages"),
+           "Replace the pages that a plan keeps; the others go before them.")
+      .def("kept", &PageTable::kept, py::arg("page"))
       .def("set_schedule", &PageTable::set_schedule, py::arg("steps"))
       .def("advance", &PageTable::advance, py::arg("step"))
       .def_property_readonly("now", &PageTable::now)
@@ -45,7 +48,7 @@ void bind_page_table(py::module_& module) {
           },
           py::arg("page"), "Return the time of the next use, None for never.")
       .def("victims", &PageTable::victims, py::arg("limit"), py::arg("after") = 0,
-           "Return up to `limit` pages to evict, in order, all used later than `after`.");
+           "Return up to `limit` pages to evict, in order, all used later than `after`; kept ones only after 0.");
 }
 
 }  // namespace penstock

@@ -121,6 +121,8 @@ void bind_pager(py::module_& module) {
            "The next occurrence of a step begins now.")
       .def("set_active", &ManagedPager::set_active, py::arg("region"), py::arg("active"),
            "Mark a region as in use or idle.")
+      .def("keep", &ManagedPager::keep, py::arg("region"), py::arg("pages"), without_gil,
+           "Replace the pages that a plan keeps; they go when no others are left.")
       .def("stats", &ManagedPager::stats)
       .def("region_stats", &ManagedPager::region_stats, py::arg("region"))
       .def_property_readonly("page_size", &ManagedPager::page_size);

@@ -38,8 +38,10 @@ std::size_t PageTable::count(PageState state) const noexcept {
 }
 
 PageTable::VictimKey PageTable::key(PageIndex page) const {
+  const Page& each = pages_[page];
+  const bool passes_through = kept_count_ > 0 && !each.kept;
   // Complements turn "largest next use" and "highest index" into ascending order.
-  return {~pages_[page].next_use, pages_[page].last_use, ~page};
+  return {each.kept, passes_through ? 0 : ~each.next_use, each.last_use, ~page};
 }
 
 template <typename Change>
@@ -96,6 +98,21 @@ void PageTable::touch(PageIndex page) {
   change(page, [this](Page& p) { p.last_use = ++uses_; });
 }
 
+void PageTable::keep(const std::vector<PageIndex>& pages) {
+  for (const PageIndex page : pages) static_cast<void>(pages_.at(page));
+  victims_.clear();  // the keys of all pages change
+  for (Page& page : pages_) page.kept = false;
+  kept_count_ = 0;
+  for (const PageIndex page : pages) {
+    if (!pages_[page].kept) ++kept_count_;
+    pages_[page].kept = true;
+  }
+  for (std::size_t i = 0; i < pages_.size(); ++i) {
+    const auto page = static_cast<PageIndex>(i);
+    if (evictable(pages_[page])) victims_.insert(key(page));
+  }
+}
+
 void PageTable::set_schedule(std::vector<std::vector<PageIndex>> steps) {
   schedule_ = Schedule(pages_.size(), std::move(steps));
   now_ = 0;
@@ -118,9 +135,15 @@ void PageTable::advance(StepIndex step) {
 
 std::vector<PageIndex> PageTable::victims(std::size_t limit, StepTime after) const {
   std::vector<PageIndex> chosen;
-  for (const auto& [next_use_complement, last_use, page_complement] : victims_) {
-    if (chosen.size() == limit || ~next_use_complement <= after) break;
-    chosen.push_back(~page_complement);
+  for (const VictimKey& each : victims_) {
+    const PageIndex page = ~std::get<PageIndex>(each);
+    if (chosen.size() == limit) break;
+    if (after > 0 && pages_[page].kept) break;
+    if (pages_[page].next_use > after) {
+      chosen.push_back(page);
+    } else if (kept_count_ == 0) {
+      break;  // in the order of next uses all others come sooner
+    }
   }
   return chosen;
 }

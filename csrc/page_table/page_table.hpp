@@ -11,9 +11,15 @@
 //       |<-----------------------------------------------------finish_evict---------+
 //
 // A pinned page is never evicted; pages in any state may be pinned, so that a page is safe from the
-// moment it is wanted. A victim is a resident page without pins. Which one goes first: the page
-// whose next use is farthest away; pages that the schedule does not name count as never used again;
-// among equals the least recently used, then the highest index. Without a schedule that is LRU.
+// moment it is wanted. A victim is a resident page without pins. Which one goes first depends on
+// whether a plan has said which pages are kept:
+//
+// - Nothing is kept: the page whose next use is farthest away; pages that the schedule does not
+//   name count as never used again; among equals the least recently used, then the highest index.
+//   Without a schedule that is LRU.
+// - Pages are kept: of the others the least recently used, then the highest index; they only pass
+//   through, and who read the oldest of them is most likely to be done. Once there is none of them
+//   left, the kept pages, by farthest next use as above; they stay kept when they are gone.
 #pragma once
 
 #include <cstddef>
@@ -51,6 +57,12 @@ class PageTable {
   /// Makes `page` the most recently used.
   void touch(PageIndex page);
 
+  /// Replaces the pages that are kept; none of them: no plan.
+  /// @throws std::out_of_range for a page that does not exist; nothing has changed then.
+  void keep(const std::vector<PageIndex>& pages);
+  bool kept(PageIndex page) const { return pages_.at(page).kept; }
+  std::size_t kept_count() const noexcept { return kept_count_; }
+
   /// Replaces the schedule; its first step is the next to run.
   void set_schedule(std::vector<std::vector<PageIndex>> steps);
   /// The steps up to and including the next occurrence of `step` have come.
@@ -59,8 +71,8 @@ class PageTable {
   StepTime now() const noexcept { return now_; }
   StepTime next_use(PageIndex page) const { return pages_.at(page).next_use; }
 
-  /// Up to `limit` pages to evict, in order, all of them used later than `after`.
-  /// @param after  0 to admit every victim.
+  /// Up to `limit` pages to evict, in order, all of them used later than `after` and not kept.
+  /// @param after  0 to admit every victim, the kept ones too.
   std::vector<PageIndex> victims(std::size_t limit, StepTime after = 0) const;
 
  private:
@@ -69,9 +81,11 @@ class PageTable {
     std::uint32_t pins = 0;
     std::uint64_t last_use = 0;
     StepTime next_use = kNever;
+    bool kept = false;
   };
-  // Ascending order of this key is the order in which victims go.
-  using VictimKey = std::tuple<StepTime, std::uint64_t, PageIndex>;
+  // Ascending order of this key is the order in which victims go: whether the page is kept, its
+  // next use (the same for all that only pass through), its last use, its index.
+  using VictimKey = std::tuple<bool, StepTime, std::uint64_t, PageIndex>;
 
   VictimKey key(PageIndex page) const;
   bool evictable(const Page& page) const {
@@ -85,6 +99,7 @@ class PageTable {
   std::vector<Page> pages_;
   std::vector<std::size_t> counts_;
   std::set<VictimKey> victims_;
+  std::size_t kept_count_ = 0;
   Schedule schedule_;
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;

@@ -43,6 +43,11 @@ ManagedPager::ManagedPager(std::shared_ptr<Device> device, std::shared_ptr<Budge
       load_stream_(device_),
       evict_stream_(device_) {}
 
+ManagedPager::~ManagedPager() {
+  // In a forked child a thread may have waited there that is no more.
+  if (!load_thread_.in_owner_process()) static_cast<void>(changed_.release());
+}
+
 std::shared_ptr<ManagedRegion> ManagedPager::reserve(std::size_t nbytes, Access access) {
   constexpr std::size_t kMostPages = std::size_t{1} << 31;
   if (nbytes == 0 || nbytes / page_size_ >= kMostPages) {
@@ -70,31 +75,40 @@ void ManagedPager::touch(ManagedRegion& region) {
   region.last_activity_ = ++activity_;
 }
 
-std::future<std::size_t> ManagedPager::submit(Work work, TaskThread::Order order) {
-  const auto task = std::make_shared<std::packaged_task<std::size_t()>>(std::move(work));
-  thread_.submit([task] { (*task)(); }, order);
-  return task->get_future();
-}
-
-ManagedPager::Hold ManagedPager::hold(ManagedRegion& region) {
-  ++region.pending_;
-  return Hold(nullptr, [this, &region](void*) {
+ManagedPager::Hold ManagedPager::hold(ManagedRegion& region, std::vector<PageIndex> asked) {
+  Hold held(nullptr, [this, &region, asked](void*) {
     {
       const std::lock_guard lock(mutex_);
       --region.pending_;
+      for (const PageIndex page : asked) --region.asked_[page];
     }
-    request_done_.notify_all();
+    changed_->notify_all();
   });
+  ++region.pending_;
+  for (const PageIndex page : asked) ++region.asked_[page];
+  return held;
 }
 
-std::future<std::size_t> ManagedPager::submit_for(ManagedRegion& region, Work work,
-                                                  TaskThread::Order order) {
-  Hold held;  // let go once the work has run or was dropped
+std::size_t ManagedPager::demand(ManagedRegion& region, const std::vector<PageIndex>& pages) {
+  load_thread_.require_owner_process();
+  const auto request = std::make_shared<Request>(
+      [this, &region, pages] { return load(region, pages, Urgency::kDemand); });
   {
     const std::lock_guard lock(mutex_);
-    held = hold(region);
+    demands_.push_back(request);
   }
-  return submit([work = std::move(work), held = std::move(held)] { return work(); }, order);
+  changed_->notify_all();  // a load ahead that waits makes way
+  try {
+    load_thread_.submit([this] { run_demands(); }, TaskThread::Order::kFront);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    const auto mine = std::find(demands_.begin(), demands_.end(), request);
+    if (mine != demands_.end()) {
+      demands_.erase(mine);
+      throw;
+    }  // else a load ahead has taken it on already
+  }
+  return wait(request->get_future());
 }
 
 void ManagedPager::pin(ManagedRegion& region, const std::vector<PageIndex>& pages) {
@@ -118,20 +132,27 @@ bool ManagedPager::all_present(const ManagedRegion& region,
   });
 }
 
+bool ManagedPager::wait_for_ahead(std::unique_lock<std::mutex>& lock, const ManagedRegion& region,
+                                  const std::vector<PageIndex>& pages) {
+  if (all_present(region, pages)) return true;
+  if (!load_thread_.in_owner_process()) return false;  // who was asked is no more
+  changed_->wait(lock, [&] {
+    return std::all_of(pages.begin(), pages.end(), [&](PageIndex page) {
+      return region.asked_[page] == 0 || region.table_.state(page) == PageState::kResident;
+    });
+  });
+  return all_present(region, pages);
+}
+
 std::size_t ManagedPager::load_pinned(ManagedRegion& region, const std::vector<PageIndex>& pages,
                                       StreamHandle stream) {
   bool present = false;
   {
-    const std::lock_guard lock(mutex_);
-    present = all_present(region, pages);
+    std::unique_lock lock(mutex_);
+    present = wait_for_ahead(lock, region, pages);
     ++(present ? stats_.hits : stats_.demand_loads);
   }
-  std::size_t charged = 0;
-  if (!present) {
-    charged = wait(submit_for(
-        region, [this, &region, pages] { return load(region, pages, Urgency::kDemand); },
-        TaskThread::Order::kFront));
-  }
+  const std::size_t charged = present ? 0 : demand(region, pages);
   std::vector<Event> loads;
   {
     const std::lock_guard lock(mutex_);
@@ -219,32 +240,56 @@ std::size_t ManagedPager::prefetch(ManagedRegion& region, const std::vector<Page
 
 void ManagedPager::prefetch_ahead(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
+  load_thread_.require_owner_process();
+  Hold held;
   {
     const std::lock_guard lock(mutex_);
     if (all_present(region, pages)) return;
+    held = hold(region, pages);
   }
-  static_cast<void>(submit_for(region, [this, &region, pages] {
+  load_thread_.submit([this, &region, pages, held] {
     try {
-      return load(region, pages, Urgency::kAhead);
+      load(region, pages, Urgency::kAhead);
     } catch (...) {  // nobody waits for this request; `begin` meets the error again
       const std::lock_guard lock(mutex_);
       ++stats_.ahead_failed;
-      return std::size_t{0};
     }
-  }));
+  });
 }
 
 std::size_t ManagedPager::evict(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
-  return wait(submit_for(region, [this, &region, pages] { return drop(region, pages); }));
+  load_thread_.require_owner_process();
+  auto request = std::make_shared<Request>([this, &region, pages] { return drop(region, pages); });
+  std::future<std::size_t> result = request->get_future();
+  Hold held;
+  {
+    const std::lock_guard lock(mutex_);
+    held = hold(region);
+  }
+  // Through the load thread, so that it comes after what was asked for before.
+  load_thread_.submit([this, request = std::move(request), held = std::move(held)] {
+    try {
+      evict_thread_.submit([request, held] { (*request)(); });
+    } catch (const std::exception& error) {  // the caller learns that the request was dropped
+      device_->suppress(error.what());
+    }
+  });
+  return wait(std::move(result));
 }
 
 void ManagedPager::synchronize() {
-  wait(submit([this] {
-    device_->stream_synchronize(load_stream_.get());
-    device_->stream_synchronize(evict_stream_.get());
-    return std::size_t{0};
-  }));
+  const auto wait_for = [this](TaskThread& thread, const OwnedStream& stream) {
+    auto request = std::make_shared<Request>([this, &stream] {
+      device_->stream_synchronize(stream.get());
+      return std::size_t{0};
+    });
+    std::future<std::size_t> result = request->get_future();
+    thread.submit([request = std::move(request)] { (*request)(); });
+    wait(std::move(result));
+  };
+  wait_for(load_thread_, load_stream_);  // what it loads may have others evicted
+  wait_for(evict_thread_, evict_stream_);
 }
 
 bool ManagedPager::settled(const ManagedRegion& region, const std::vector<PageIndex>& pages) const {
@@ -260,6 +305,7 @@ void ManagedPager::set_schedule(ManagedRegion& region, std::vector<std::vector<P
   require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.set_schedule(std::move(steps));
+  region.find_largest_step();
 }
 
 void ManagedPager::advance(ManagedRegion& region, StepIndex step) {
@@ -273,6 +319,18 @@ void ManagedPager::set_active(ManagedRegion& region, bool active) {
   const std::lock_guard lock(mutex_);
   region.active_ = active;
   touch(region);
+}
+
+void ManagedPager::keep(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
+  const std::vector<PageIndex> pages = own_pages(region, wanted);
+  const std::lock_guard lock(mutex_);
+  region.table_.keep(pages);
+  region.find_largest_step();
+}
+
+AheadSizes ManagedPager::ahead_sizes(const ManagedRegion& region) const {
+  const std::lock_guard lock(mutex_);
+  return sizes_of(region);
 }
 
 PagerStats ManagedPager::stats() const {
@@ -297,12 +355,12 @@ RegionStats ManagedPager::region_stats(const ManagedRegion& region) const {
 }
 
 void ManagedPager::retire(ManagedRegion& region) noexcept {
-  if (!thread_.in_owner_process()) return;  // a forked child: the memory is the parent's
+  if (!load_thread_.in_owner_process()) return;  // a forked child: the memory is the parent's
   std::size_t charged = 0;
   std::vector<Event> work;
   try {
     std::unique_lock lock(mutex_);
-    request_done_.wait(lock, [&] { return region.pending_ == 0; });
+    changed_->wait(lock, [&] { return region.pending_ == 0; });
     regions_.erase(std::remove(regions_.begin(), regions_.end(), &region), regions_.end());
     ++retiring_;
     for (std::size_t i = 0; i < region.page_count(); ++i) {
@@ -331,7 +389,7 @@ void ManagedPager::retire(ManagedRegion& region) noexcept {
     const std::lock_guard lock(mutex_);
     --retiring_;
   }
-  request_done_.notify_all();
+  changed_->notify_all();
 }
 
 }  // namespace penstock

@@ -1,5 +1,7 @@
 // Whom the managed pager evicts, and what it says when nobody is left. With its lock held.
 #include <algorithm>
+#include <map>
+#include <set>
 #include <utility>
 
 #include "error/error.hpp"
@@ -9,9 +11,60 @@
 
 namespace penstock {
 
+namespace {
+
+constexpr std::size_t kLargestBatch = std::size_t{256} << 20;  // larger ones move little faster
+constexpr std::size_t kBatchesInRoom = 4;
+
+// Whether the work of events is over, asking the device as little as can be: where an event of a
+// stream is not over, a later one is not either.
+class Done {
+ public:
+  explicit Done(Device& device) : device_(device) {}
+
+  bool operator()(const void* stream, const Event& event) {
+    if (!event) return true;
+    if (busy_.count(stream) > 0) return false;
+    const auto [known, is_new] = over_.emplace(event.get(), false);
+    if (is_new) known->second = device_.event_done(event->get());
+    if (!known->second) busy_.insert(stream);
+    return known->second;
+  }
+
+ private:
+  Device& device_;
+  std::set<const void*> busy_;
+  std::map<const OwnedEvent*, bool> over_;
+};
+
+}  // namespace
+
+std::vector<PageIndex> ManagedPager::victims_of(const ManagedRegion& region, std::size_t count,
+                                                StepTime after, Readers readers) const {
+  const PageTable& table = region.table_;
+  std::vector<PageIndex> pages = table.victims(count, after);
+  if (table.kept_count() == 0) return pages;
+  Done done(*device_);
+  const auto free = [&](PageIndex page) {
+    const auto& events = region.events_[page];
+    // A page that nobody has read since it was loaded has its use before it.
+    if (events.readers.empty() && after == 0) return false;
+    return done(this, events.ready) &&
+           std::all_of(events.readers.begin(), events.readers.end(),
+                       [&](const auto& reader) { return done(reader.first, reader.second); });
+  };
+  if (std::all_of(pages.begin(), pages.end(), free)) return pages;
+  pages = table.victims(table.page_count(), after);
+  const auto kept =
+      std::find_if(pages.begin(), pages.end(), [&](PageIndex page) { return table.kept(page); });
+  const auto busy = std::stable_partition(pages.begin(), kept, free);
+  if (readers == Readers::kDone) pages.erase(busy, pages.end());
+  return pages;
+}
+
 std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& wanting,
                                                                 std::size_t nbytes, StepTime after,
-                                                                Urgency urgency) {
+                                                                Urgency urgency) const {
   // Idle regions first, then the wanting one, then what others are using; by last use within each.
   const auto rank = [&](const ManagedRegion* region) {
     if (region == &wanting) return 1;
@@ -25,10 +78,10 @@ std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& w
   std::size_t found = 0;
   for (ManagedRegion* region : order) {
     if (urgency == Urgency::kAhead && rank(region) == 2) break;
-    const bool bounded = urgency == Urgency::kAhead && region == &wanting;
     const std::size_t wanted = (nbytes - found) / page_size_ + 2;  // the last page may be short
     std::vector<PageIndex> taken;
-    for (const PageIndex page : region->table_.victims(wanted, bounded ? after : StepTime{0})) {
+    for (const PageIndex page :
+         victims_of(*region, wanted, region == &wanting ? after : 0, Readers::kAny)) {
       if (found >= nbytes) break;
       taken.push_back(page);
       found += region->page_nbytes(page);
@@ -37,6 +90,29 @@ std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& w
     if (found >= nbytes) return chosen;
   }
   return {};  // not enough: nothing is evicted in vain
+}
+
+AheadSizes ManagedPager::sizes_of(const ManagedRegion& region) const {
+  const std::size_t largest = std::max<std::size_t>(kLargestBatch / page_size_, 1);
+  const std::size_t kept = region.table_.kept_count();
+  if (kept == 0) {
+    const std::size_t window = std::max<std::size_t>(budget_->cap() / page_size_ / 2, 1);
+    return {std::clamp<std::size_t>(window / kBatchesInRoom, 1, largest), window};
+  }
+  const BudgetStats ledger = budget_->stats();
+  std::size_t others = ledger.used - ledger.used_by_tag[static_cast<std::size_t>(Tag::kWeights)];
+  for (const ManagedRegion* each : regions_) {
+    if (each == &region || !each->active_) continue;
+    const PageTable& table = each->table_;
+    others += (table.page_count() - table.count(PageState::kAbsent)) * page_size_;
+  }
+  const std::size_t usable = (ledger.cap - std::min(others, ledger.cap)) / page_size_;
+  const std::size_t room = usable - std::min(kept, usable);  // for pages that pass through
+  const std::size_t batch = std::clamp<std::size_t>(room / kBatchesInRoom, 1, largest);
+  // Beside what is ahead: the pages of the step that runs, and a batch that is being evicted. The
+  // last batch is asked for below the window, and ends beyond it.
+  const std::size_t taken = std::max(batch, region.largest_step_) + batch - 1;
+  return {batch, room > taken ? room - taken : 1};
 }
 
 CapExceededError ManagedPager::refusal(const ManagedRegion& region, std::size_t nbytes) const {

@@ -10,7 +10,6 @@ namespace penstock {
 namespace {
 
 constexpr std::size_t kSystemPage = 4096;  // the smallest that a system makes resident
-constexpr std::size_t kLargestBatch = std::size_t{256} << 20;
 
 }  // namespace
 
@@ -22,7 +21,8 @@ ManagedRegion::ManagedRegion(std::shared_ptr<ManagedPager> pager, std::shared_pt
       access_(access),
       memory_(std::in_place, device_, reserved_, access),
       table_(page_count()),
-      events_(page_count()) {
+      events_(page_count()),
+      asked_(page_count()) {
   address_ = memory_->address();
 }
 
@@ -65,12 +65,26 @@ std::size_t ManagedRegion::load_ahead(const std::vector<PageIndex>& pages) {
 }
 
 std::size_t ManagedRegion::ahead_batch() const {
-  // Unified memory moves large ranges faster; a few of them have to fit into the window.
-  return std::max<std::size_t>(1, std::min(kLargestBatch / page_size_, ahead_window() / 4));
+  return pager_->ahead_sizes(*this).batch;
 }
 
 std::size_t ManagedRegion::ahead_window() const {
-  return std::max<std::size_t>(1, pager_->cap() / page_size_ / 2);
+  return pager_->ahead_sizes(*this).window;
+}
+
+void ManagedRegion::keep(const std::vector<PageIndex>& pages) {
+  pager_->keep(*this, pages);
+}
+
+void ManagedRegion::find_largest_step() {
+  largest_step_ = 0;
+  const Schedule& schedule = table_.schedule();
+  for (std::size_t step = 0; step < schedule.step_count(); ++step) {
+    const auto& pages = schedule.pages_of(static_cast<StepIndex>(step));
+    const auto passing = std::count_if(pages.begin(), pages.end(),
+                                       [&](PageIndex page) { return !table_.kept(page); });
+    largest_step_ = std::max(largest_step_, static_cast<std::size_t>(passing));
+  }
 }
 
 RegionStats ManagedRegion::stats() const {

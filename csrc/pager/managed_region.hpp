@@ -34,6 +34,8 @@ class ManagedRegion : public Region, public FillTarget {
   std::size_t evict(const std::vector<PageIndex>& pages) override;
   void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
   void advance(StepIndex step) override;
+  /// Says which pages a plan wants resident; see ManagedPager.
+  void keep(const std::vector<PageIndex>& pages);
   std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
   std::size_t ahead_batch() const override;
   std::size_t ahead_window() const override;
@@ -52,6 +54,8 @@ class ManagedRegion : public Region, public FillTarget {
     std::vector<std::pair<void*, Event>> readers;  // the last use on each stream
   };
 
+  void find_largest_step();
+
   ManagedRegion(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> device,
                 std::size_t nbytes, std::size_t page_size, Access access);
 
@@ -62,10 +66,14 @@ class ManagedRegion : public Region, public FillTarget {
 
   PageTable table_;
   std::vector<PageEvents> events_;
-  bool sealed_ = false;              // touched by the pager's thread only
-  std::size_t pending_ = 0;          // requests the pager's thread has not finished
-  bool active_ = false;              // in use: others take its pages only when they must
-  std::uint64_t last_activity_ = 0;  // of the region as a whole
+  std::vector<std::uint32_t> asked_;  // by page: unfinished requests to load it ahead
+  std::vector<PageIndex> strays_;     // absent pages that are being dropped; ascending
+  std::size_t largest_step_ = 0;      // most pages that pass through for one step
+  bool sealed_ = false;               // touched by the pager's load thread only
+  bool room_asked_ = false;           // whether the evict thread is to make room ahead
+  std::size_t pending_ = 0;           // requests the pager's threads have not finished
+  bool active_ = false;               // in use: others take its pages only when they must
+  std::uint64_t last_activity_ = 0;   // of the region as a whole
 };
 
 }  // namespace penstock

@@ -44,12 +44,15 @@ bool TaskThread::in_owner_process() const noexcept {
   return owner_ == ::getpid();
 }
 
+void TaskThread::require_owner_process() const {
+  if (in_owner_process()) return;
+  throw Error(
+      "Penstock's threads belong to the process that forked this one: create the manager after "
+      "the fork, or start workers with the \"spawn\" method");
+}
+
 void TaskThread::submit(Task task, Order order) {
-  if (!in_owner_process()) {
-    throw Error(
-        "Penstock's threads belong to the process that forked this one: create the manager after "
-        "the fork, or start workers with the \"spawn\" method");
-  }
+  require_owner_process();
   {
     const std::lock_guard lock(queue_->mutex);
     auto& tasks = queue_->tasks;

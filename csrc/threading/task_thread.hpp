@@ -26,6 +26,8 @@ class TaskThread {
   void submit(Task task, Order order = Order::kBack);
 
   bool in_owner_process() const noexcept;
+  /// @throws Error in a forked child.
+  void require_owner_process() const;
 
  private:
   struct Queue;

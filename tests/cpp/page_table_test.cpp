@@ -80,6 +80,7 @@ TEST(PageTable, RefusesPagesThatDoNotExist) {
   EXPECT_THROW(table.pin(3), std::out_of_range);
   EXPECT_THROW(table.unpin(3), std::out_of_range);
   EXPECT_THROW(table.touch(3), std::out_of_range);
+  EXPECT_THROW(table.kept(3), std::out_of_range);
   EXPECT_THROW(table.state(3), std::out_of_range);
   EXPECT_THROW(table.next_use(3), std::out_of_range);
   EXPECT_THROW(table.set_schedule({{0}, {1, 3}}), std::out_of_range);
@@ -216,6 +217,56 @@ TEST(PageTable, TheFarthestNextUseGoesFirstAndUnnamedPagesBeforeAll) {
   EXPECT_EQ(table.victims(5, kNever), Pages{});
 }
 
+TEST(PageTable, PagesThatAreNotKeptGoFirstTheLeastRecentlyUsedBeforeTheOthers) {
+  PageTable table(6);
+  for (PageIndex page = 0; page < 6; ++page) bring(table, PageState::kResident, page);
+  table.set_schedule({{0}, {1}, {2}, {3}, {4}, {5}});
+  for (const PageIndex page : {4, 0, 1, 5, 3, 2}) table.touch(page);
+  EXPECT_EQ(table.victims(6), (Pages{5, 4, 3, 2, 1, 0}));
+  table.keep({1, 4, 1});
+  EXPECT_EQ(table.kept_count(), 2U);
+  EXPECT_TRUE(table.kept(1));
+  EXPECT_FALSE(table.kept(0));
+  EXPECT_EQ(table.victims(6), (Pages{0, 5, 3, 2, 4, 1}));  // the kept ones by farthest next use
+  EXPECT_EQ(table.victims(5), (Pages{0, 5, 3, 2, 4}));
+  table.advance(0);
+  EXPECT_EQ(table.victims(6), (Pages{0, 5, 3, 2, 4, 1}));
+  table.advance(2);
+  EXPECT_EQ(table.victims(6), (Pages{0, 5, 3, 2, 1, 4}));
+  table.keep({});  // no plan
+  EXPECT_EQ(table.kept_count(), 0U);
+  EXPECT_EQ(table.victims(6), (Pages{2, 1, 0, 5, 4, 3}));
+}
+
+TEST(PageTable, LookAheadTakesNeitherKeptPagesNorThoseThatAreUsedSooner) {
+  PageTable table(6);
+  for (PageIndex page = 0; page < 6; ++page) bring(table, PageState::kResident, page);
+  table.set_schedule({{0}, {1}, {2}, {3}, {4}});  // 5 never
+  for (const PageIndex page : {3, 0, 5, 4, 1, 2}) table.touch(page);
+  table.keep({0, 4});
+  EXPECT_EQ(table.victims(6, 1), (Pages{3, 5, 1, 2}));
+  EXPECT_EQ(table.victims(6, 2), (Pages{3, 5, 2}));
+  EXPECT_EQ(table.victims(6, 3), (Pages{3, 5}));  // 2 is used at 3, though it comes after 5
+  EXPECT_EQ(table.victims(1, 4), (Pages{5}));
+  EXPECT_EQ(table.victims(6, kNever), Pages{});
+}
+
+TEST(PageTable, KeptPageStaysKeptWhenItIsGone) {
+  PageTable table(2);
+  table.keep({0});
+  bring(table, PageState::kResident, 0);
+  bring(table, PageState::kResident, 1);
+  EXPECT_EQ(table.victims(2), (Pages{1, 0}));
+  table.begin_evict(0);
+  table.finish_evict(0);
+  EXPECT_TRUE(table.kept(0));
+  bring(table, PageState::kResident, 0);
+  EXPECT_EQ(table.victims(2), (Pages{1, 0}));
+  EXPECT_THROW(table.keep({1, 2}), std::out_of_range);
+  EXPECT_EQ(table.victims(2), (Pages{1, 0}));
+  EXPECT_FALSE(table.kept(1));
+}
+
 // The rules of the header, in so many words.
 class Reference {
  public:
@@ -225,6 +276,7 @@ class Reference {
     PageState state = PageState::kAbsent;
     unsigned pins = 0;
     unsigned last_use = 0;
+    bool kept = false;
   };
   std::vector<Page> pages_;
   Steps steps_;
@@ -235,16 +287,23 @@ class Reference {
     return steps_.empty() ? kNever : next_use_by_walking(steps_, page, now_);
   }
 
+  bool planned() const {
+    return std::any_of(pages_.begin(), pages_.end(), [](const Page& page) { return page.kept; });
+  }
+
   Pages victims(std::size_t limit, StepTime after) const {
     Pages all;
     for (PageIndex page = 0; page < pages_.size(); ++page) {
       const Page& each = pages_[page];
-      if (each.state == PageState::kResident && each.pins == 0 && next_use(page) > after) {
+      if (each.state == PageState::kResident && each.pins == 0 && next_use(page) > after &&
+          !(each.kept && after > 0)) {
         all.push_back(page);
       }
     }
     std::sort(all.begin(), all.end(), [&](PageIndex a, PageIndex b) {
-      if (next_use(a) != next_use(b)) return next_use(a) > next_use(b);
+      if (pages_[a].kept != pages_[b].kept) return pages_[b].kept;
+      const bool by_next_use = pages_[a].kept || !planned();
+      if (by_next_use && next_use(a) != next_use(b)) return next_use(a) > next_use(b);
       if (pages_[a].last_use != pages_[b].last_use) return pages_[a].last_use < pages_[b].last_use;
       return a > b;
     });
@@ -262,7 +321,16 @@ TEST(PageTable, VictimsAgreeWithTheReferenceOnRandomHistories) {
     for (int i = 0; i < 300; ++i) {
       const auto page = static_cast<PageIndex>(random() % page_count);
       Reference::Page& expected = reference.pages_[page];
-      switch (random() % 8) {
+      switch (random() % 9) {
+        case 8:
+          if (random() % 4 == 0) {
+            const auto other = static_cast<PageIndex>(random() % page_count);
+            const bool none = random() % 3 == 0;
+            table.keep(none ? Pages{} : Pages{page, other});
+            for (auto& each : reference.pages_) each.kept = false;
+            if (!none) reference.pages_[page].kept = reference.pages_[other].kept = true;
+          }
+          break;
         case 0:
           table.pin(page);
           ++expected.pins;

@@ -35,6 +35,7 @@ class Page:
     state: PageState = PageState.absent
     pins: int = 0
     last_use: int = 0
+    kept: bool = False
 
 
 @dataclass
@@ -52,12 +53,27 @@ class Reference:
         return NEVER
 
     def victims(self, limit: int, after: int = 0) -> list[int]:
+        planned = any(page.kept for page in self.pages)
         free = [
             index
             for index, page in enumerate(self.pages)
-            if page.state is PageState.resident and page.pins == 0 and self.next_use(index) > after
+            if page.state is PageState.resident
+            and page.pins == 0
+            and self.next_use(index) > after
+            and not (page.kept and after)
         ]
-        free.sort(key=lambda index: (-self.next_use(index), self.pages[index].last_use, -index))
+
+        def order(index: int) -> tuple[bool, float, int, int]:
+            page = self.pages[index]
+            by_next_use = page.kept or not planned
+            return (
+                page.kept,
+                -self.next_use(index) if by_next_use else 0,
+                page.last_use,
+                -index,
+            )
+
+        free.sort(key=order)
         return free[:limit]
 
 
@@ -122,6 +138,18 @@ class PageTableMachine(RuleBasedStateMachine):
         self.reference.pages[index].last_use = self.reference.uses
 
     @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        pages = data.draw(st.lists(st.integers(0, len(self.reference.pages) - 1), max_size=5))
+        self.table.keep(pages)
+        for index, page in enumerate(self.reference.pages):
+            page.kept = index in pages
+
+    @rule()
+    def keep_a_page_that_does_not_exist(self) -> None:
+        with pytest.raises(IndexError):
+            self.table.keep([0, len(self.reference.pages)])
+
+    @rule(data=st.data())
     def set_schedule(self, data: st.DataObject) -> None:
         page = st.integers(0, len(self.reference.pages) - 1)
         steps = data.draw(st.lists(st.lists(page, max_size=4), max_size=6))
@@ -160,6 +188,7 @@ class PageTableMachine(RuleBasedStateMachine):
         for index, page in enumerate(reference.pages):
             next_use = table.next_use(index)
             assert (table.state(index), table.pins(index)) == (page.state, page.pins)
+            assert table.kept(index) == page.kept
             assert (NEVER if next_use is None else next_use) == reference.next_use(index)
         for state in PageState:
             assert table.count(state) == sum(page.state is state for page in reference.pages)
@@ -172,6 +201,6 @@ TestPageTable.settings = settings(max_examples=200, stateful_step_count=50, dead
 
 def test_pages_that_do_not_exist_are_refused() -> None:
     table = PageTable(2)
-    for name in [*ARROWS, "pin", "unpin", "touch", "state", "pins", "next_use"]:
+    for name in [*ARROWS, "pin", "unpin", "touch", "state", "pins", "next_use", "kept"]:
         with pytest.raises(IndexError):
             getattr(table, name)(2)

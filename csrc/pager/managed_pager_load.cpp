@@ -1,0 +1,174 @@
+// What the managed pager does on its load thread: finding room, loading.
+#include <algorithm>
+#include <exception>
+#include <iterator>
+#include <utility>
+
+#include "error/error.hpp"
+#include "pager/managed_pager.hpp"
+#include "pager/page_runs.hpp"
+
+namespace penstock {
+
+void ManagedPager::run_demands() {
+  for (;;) {
+    std::shared_ptr<Request> request;
+    {
+      const std::lock_guard lock(mutex_);
+      if (demands_.empty()) return;
+      request = std::move(demands_.front());
+      demands_.pop_front();
+    }
+    (*request)();
+  }
+}
+
+std::size_t ManagedPager::load(ManagedRegion& region, const std::vector<PageIndex>& wanted,
+                               Urgency urgency) {
+  const auto missing = take_room(region, wanted, urgency);
+  if (!missing) {
+    const std::lock_guard lock(mutex_);
+    ++stats_.ahead_declined;
+    return 0;
+  }
+  const std::size_t nbytes = bytes_of(region, *missing);
+  ScopedCharge charge(*budget_, Tag::kWeights, nbytes);
+  try {
+    if (urgency == Urgency::kAhead && nbytes > 0) ask_for_room_ahead(region, *missing);
+    issue_load(region, *missing, urgency);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    for (const PageIndex page : *missing) region.table_.cancel_load(page);
+    throw;
+  }
+  charge.keep();
+  const std::lock_guard lock(mutex_);
+  stats_.loaded_bytes += nbytes;
+  if (urgency == Urgency::kAhead && nbytes > 0) ++stats_.ahead_loads;
+  return nbytes;
+}
+
+std::optional<std::vector<PageIndex>> ManagedPager::take_room(ManagedRegion& region,
+                                                              const std::vector<PageIndex>& wanted,
+                                                              Urgency urgency) {
+  std::vector<std::shared_ptr<Eviction>> begun;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    if (urgency == Urgency::kAhead && !demands_.empty()) {
+      lock.unlock();
+      run_demands();
+      lock.lock();
+      continue;
+    }
+    bool under_way = false;  // of what this load has begun
+    for (const auto& eviction : begun) {
+      if (eviction->error) std::rethrow_exception(eviction->error);
+      under_way = under_way || !eviction->over;
+    }
+    if (dropping(region, wanted)) {
+      changed_->wait(lock);
+      continue;
+    }
+    std::vector<PageIndex> missing;
+    std::copy_if(wanted.begin(), wanted.end(), std::back_inserter(missing),
+                 [&](PageIndex page) { return region.table_.state(page) == PageState::kAbsent; });
+    const std::size_t nbytes = bytes_of(region, missing);
+    const std::size_t available = budget_->available();
+    if (available >= nbytes) {
+      if (!budget_->try_charge(Tag::kWeights, nbytes)) continue;  // another holder was faster
+      for (const PageIndex page : missing) region.table_.begin_load(page);
+      return missing;
+    }
+    const std::size_t lacking = nbytes - available;
+    if (under_way || evicting_bytes_ >= lacking) {
+      changed_->wait(lock);
+      continue;
+    }
+    // Evictions give back less than expected where others charge meanwhile: hence the loop.
+    const StepTime after = urgency == Urgency::kAhead ? time_wanted(region, missing) : 0;
+    const auto victims = choose_victims(region, lacking - evicting_bytes_, after, urgency);
+    if (!victims.empty()) {
+      std::vector<std::shared_ptr<Eviction>> evictions;
+      for (const auto& each : victims) {
+        auto eviction = std::make_shared<Eviction>();
+        eviction->region = each.region;
+        eviction->pages = each.pages;
+        eviction->held = hold(*each.region);
+        evictions.push_back(std::move(eviction));
+      }
+      for (const auto& each : evictions) mark_evicting(*each->region, each->pages);
+      begun.insert(begun.end(), evictions.begin(), evictions.end());
+      lock.unlock();
+      begin_evictions(evictions);
+      lock.lock();
+      continue;
+    }
+    if (urgency == Urgency::kAhead) return std::nullopt;
+    // Regions that are going hold a charge, but no page that could be evicted.
+    if (evicting_bytes_ == 0 && retiring_ == 0) throw refusal(region, nbytes);
+    changed_->wait(lock);
+  }
+}
+
+StepTime ManagedPager::time_wanted(const ManagedRegion& region,
+                                   const std::vector<PageIndex>& pages) const {
+  StepTime time = std::max<StepTime>(region.table_.now(), 1);
+  for (const PageIndex page : pages) {
+    // The next use of a page that is begun already is a later one than that it is wanted for.
+    if (region.table_.pins(page) == 0) time = std::max(time, region.table_.next_use(page));
+  }
+  return time;
+}
+
+bool ManagedPager::dropping(const ManagedRegion& region,
+                            const std::vector<PageIndex>& pages) const {
+  return std::any_of(pages.begin(), pages.end(), [&](PageIndex page) {
+    return region.table_.state(page) == PageState::kEvicting ||
+           std::binary_search(region.strays_.begin(), region.strays_.end(), page);
+  });
+}
+
+void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex>& pages,
+                              Urgency urgency) {
+  if (pages.empty()) return;
+  if (!region.sealed_ && region.access() == Access::kReadMostly) {
+    device_->managed_seal(region.address(), region.nbytes());
+    region.sealed_ = true;
+  }
+  const auto ready = std::make_shared<OwnedEvent>(device_, Timing::kOn);
+  Event start;
+  try {
+    if (region.trace_) {
+      start = std::make_shared<OwnedEvent>(device_, Timing::kOn);
+      device_->event_record(start->get(), load_stream_.get());
+    }
+    for_each_run(pages, [&](PageIndex first, std::size_t count) {
+      device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
+                                load_stream_.get());
+    });
+    device_->event_record(ready->get(), load_stream_.get());
+  } catch (...) {
+    // Some runs may be on their way: take them back before the charge is.
+    const std::exception_ptr cause = std::current_exception();
+    settle(load_stream_);
+    try {
+      issue_evict(region, pages, load_stream_);
+    } catch (const std::exception& second) {
+      device_->suppress(second.what());
+    }
+    settle(load_stream_);
+    std::rethrow_exception(cause);
+  }
+  const std::lock_guard lock(mutex_);
+  for (const PageIndex page : pages) {
+    region.table_.finish_load(page);
+    region.table_.touch(page);
+    region.events_[page].ready = ready;
+  }
+  for_each_run(pages, [&](PageIndex first, std::size_t count) {
+    region.notify_load(first, count, run_bytes(region, first, count), start, ready,
+                       urgency == Urgency::kDemand);
+  });
+}
+
+}  // namespace penstock
