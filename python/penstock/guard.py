@@ -273,7 +273,19 @@ class Guard:
     ) -> Any:  # noqa: ANN401
         """Run an operation with the pages of the tensors that it reads."""
         with self.reading(entries, written=func in CHANGES), self.saving():
-            return func(*args, **kwargs)
+            views = [
+                (value, value._penstock, value._version)
+                for value in tree_iter((args, kwargs))
+                if is_guarded(value) and not value.is_inference()
+            ]
+            try:
+                return func(*args, **kwargs)
+            finally:
+                # Views such as `data` have a count of their own.
+                for view, entry, version in views:
+                    own = not entry.gone and view is entry.tensor
+                    if view._version != version and not own and entry in entries:
+                        self._access.write_back(entry.offset, entry.nbytes)
 
     @contextmanager
     def reading(self, entries: list[Entry], *, written: bool = False) -> Iterator[None]:
@@ -335,17 +347,12 @@ class Guard:
             return saved_tensors_hooks(self._pack, _unpack)
         pack, unpack = around
 
-        def pack_both(tensor: torch.Tensor) -> tuple[Any, _Saved | None]:
+        def pack_both(tensor: torch.Tensor) -> Any:  # noqa: ANN401
             packed = pack(tensor)
-            saved = self._pack(tensor) if isinstance(packed, torch.Tensor) else None
-            return packed, saved if isinstance(saved, _Saved) else None
+            return self._pack(packed) if isinstance(packed, torch.Tensor) else packed
 
-        def unpack_both(both: tuple[Any, _Saved | None]) -> torch.Tensor:
-            packed, saved = both
-            value: torch.Tensor = unpack(packed)
-            # Where the hooks around left it on the region, it is read from there as ever.
-            inside = saved is not None and _storage_address(value) == saved.entry.storage.data_ptr()
-            return _unpack(saved) if inside else value
+        def unpack_both(packed: Any) -> Any:  # noqa: ANN401
+            return unpack(_unpack(packed))
 
         return saved_tensors_hooks(pack_both, unpack_both)
 
