@@ -13,7 +13,6 @@ namespace penstock {
 
 namespace {
 
-constexpr std::size_t kCapturedCopy = std::size_t{128} << 20;
 constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
 
 void note_reader(std::vector<std::pair<void*, Event>>& readers, StreamHandle stream,
@@ -204,7 +203,6 @@ std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
     const std::size_t count = run_to_load(pages, there);
     if (count == 0) break;
     load(first, count, false);
-    there += count;
   }
   return there;
 }
@@ -213,18 +211,20 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
   // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
   // fewer and larger copies, since each costs its launch some microseconds.
   const PageIndex first = pages[start];
-  const std::size_t group = std::max<std::size_t>(1, kCapturedCopy / page_size_);
   const std::size_t together = verify_ ? 1 : tier_->pages_together(first);
-  const std::size_t most = capturing_ ? std::min(together, group) : together;
+  const std::size_t most = capturing_ ? std::min(together, captured_run_) : together;
   const StepTime use = schedule_.next_use(first, now_);
   std::size_t count = 1;
-  while (count < most && start + count < pages.size()) {
-    const PageIndex next = pages[start + count];
+  for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
+    const PageIndex next = pages[i];
+    if (next >= first && next < first + count) continue;  // steps that follow each other share it
     if (next != first + count || in_place(pages_[next], next)) break;
     if (!capturing_ && schedule_.next_use(next, now_) != use) break;
-    const auto shares = [&](PageIndex page) { return pages_[page].place == pages_[next].place; };
-    const auto* const run = pages.data() + start;
-    if (std::any_of(run, run + count, shares)) break;
+    bool shares = false;
+    for (PageIndex page = first; page < next; ++page) {
+      shares = shares || pages_[page].place == pages_[next].place;
+    }
+    if (shares) break;
     if (!may_load(next)) return capturing_ ? 0 : count;  // soon there is room for more at once
     ++count;
   }
@@ -256,7 +256,7 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     Page& page = pages_[index];
     places_[page.place].owner = index;
     page.ready = ready;
-    page.waited = nullptr;
+    page.waited.reset();
     page.last_use = uses_;
     page.used = false;
   }

@@ -26,6 +26,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -70,7 +71,7 @@ class FramesRegion : public Region {
   void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
   void advance(StepIndex step) override;
   std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
-  std::size_t ahead_batch() const override { return 16; }
+  std::size_t ahead_batch() const override { return 64; }
   std::size_t ahead_window() const override { return std::numeric_limits<std::size_t>::max(); }
   RegionStats stats() const override;
 
@@ -117,11 +118,11 @@ class FramesRegion : public Region {
   struct Page {
     PlaceIndex place = kNowhere;
     std::uint32_t pins = 0;
-    Event ready;                 // its load; null: known to be over
-    void* waited = nullptr;      // the capturing stream that is ordered after it
-    Readers readers;             // of its addresses
-    std::uint64_t last_use = 0;  // or load
-    bool used = false;           // since it was loaded
+    Event ready;                  // its load; null: known to be over
+    std::optional<void*> waited;  // the capturing stream that is ordered after it
+    Readers readers;              // of its addresses
+    std::uint64_t last_use = 0;   // or load
+    bool used = false;            // since it was loaded
   };
   struct Place {
     Frame frame;
@@ -182,8 +183,9 @@ class FramesRegion : public Region {
   bool arranged_ = false;
   bool verify_ = false;
   bool capturing_ = false;
-  Event replay_;        // the last one launched
-  bool fenced_ = true;  // the copies are ordered after it
+  std::size_t captured_run_ = 1;  // pages of one copy, at most, while a pass is captured
+  Event replay_;                  // the last one launched
+  bool fenced_ = true;            // the copies are ordered after it
   Schedule schedule_;
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;
