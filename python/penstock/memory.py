@@ -24,6 +24,9 @@ _HOST_PAGE = 4 << 10
 _ENTRY = 8
 _TABLE = 2 << 20
 
+_MANAGED_BLOCK = 256 << 20  # bytes
+_MANAGED_RING = 1 << 30  # bytes: four requests, one loading, one read, one dropped, one to spare
+
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
 
@@ -144,9 +147,30 @@ class ManagedMemory(ModelMemory):
         if not steps or frames == 0:
             return
         try:
-            self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+            plan = self.pager.plan(self.page_count, steps, frames, seconds)
+            if plan.ring:
+                # Unified memory moves large ranges only at its full rate, so less is kept.
+                ring = max(plan.ring, min(_MANAGED_RING // self.pager.page_size, frames // 2))
+                plan = self.pager.plan(self.page_count, steps, frames - (ring - plan.ring), seconds)
         except CapExceededError:  # the pager says it better, when the step is run
             self.plan = None
+            return
+        self.plan = plan
+        self.pager.core.keep(self.region_core, self._in_blocks(len(plan.resident)))
+
+    def _in_blocks(self, count: int) -> list[int]:
+        """Choose so many pages to keep, or somewhat fewer, in blocks that leave large gaps."""
+        if count >= self.page_count:
+            return self.all_pages
+        block = max(1, min(_MANAGED_BLOCK // self.pager.page_size, count))
+        blocks = -(-self.page_count // block)
+        kept = count // block
+        return [
+            page
+            for i in range(blocks)
+            if (i + 1) * kept // blocks > i * kept // blocks
+            for page in range(i * block, min((i + 1) * block, self.page_count))
+        ]
 
     @override
     def fits(self) -> bool:
