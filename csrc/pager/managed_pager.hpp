@@ -188,7 +188,16 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   // With mutex_ held.
   /// @param asked  Pages that count as asked for ahead until then.
   Hold hold(ManagedRegion& region, std::vector<PageIndex> asked = {});
+  /// The next use of a page, that by the step that has come included: it may not be pinned yet.
+  StepTime use_to_come(const ManagedRegion& region, PageIndex page) const;
+  /// When the last of `pages` is used next; pages that are pinned are used now.
   StepTime time_wanted(const ManagedRegion& region, const std::vector<PageIndex>& pages) const;
+  struct Missing {
+    std::size_t count = 0;
+    StepTime last_use = 0;
+  };
+  /// The first absent pages that are used later than `after`, at most a pass ahead.
+  Missing missing_after(const ManagedRegion& region, StepTime after, std::size_t most) const;
   bool dropping(const ManagedRegion& region, const std::vector<PageIndex>& pages) const;
   /// Victims of `nbytes` together, in all regions; none where that much is not to be had.
   std::vector<Victims> choose_victims(ManagedRegion& wanting, std::size_t nbytes, StepTime after,

@@ -145,13 +145,12 @@ void ManagedPager::make_room_ahead(ManagedRegion& region, StepTime after) {
   {
     const std::lock_guard lock(mutex_);
     region.room_asked_ = false;
-    const auto& table = region.table_;
-    const std::size_t wanted = std::min(sizes_of(region).batch, table.count(PageState::kAbsent));
+    const Missing next = missing_after(region, after, sizes_of(region).batch);
     const std::size_t there = (budget_->available() + evicting_bytes_) / page_size_;
-    if (wanted <= there) return;
-    for (const PageIndex page : victims_of(region, wanted - there, after, Readers::kDone)) {
-      if (pages.size() < wanted - there) pages.push_back(page);
-    }
+    if (next.count <= there) return;
+    const std::size_t wanted = next.count - there;
+    pages = victims_of(region, wanted, next.last_use, Readers::kDone);
+    pages.resize(std::min(pages.size(), wanted));
     pages = checked(region, std::move(pages));
     mark_evicting(region, pages);
   }

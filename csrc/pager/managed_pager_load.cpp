@@ -110,16 +110,6 @@ std::optional<std::vector<PageIndex>> ManagedPager::take_room(ManagedRegion& reg
   }
 }
 
-StepTime ManagedPager::time_wanted(const ManagedRegion& region,
-                                   const std::vector<PageIndex>& pages) const {
-  StepTime time = std::max<StepTime>(region.table_.now(), 1);
-  for (const PageIndex page : pages) {
-    // The next use of a page that is begun already is a later one than that it is wanted for.
-    if (region.table_.pins(page) == 0) time = std::max(time, region.table_.next_use(page));
-  }
-  return time;
-}
-
 bool ManagedPager::dropping(const ManagedRegion& region,
                             const std::vector<PageIndex>& pages) const {
   return std::any_of(pages.begin(), pages.end(), [&](PageIndex page) {

@@ -39,11 +39,51 @@ class Done {
 
 }  // namespace
 
+StepTime ManagedPager::use_to_come(const ManagedRegion& region, PageIndex page) const {
+  const PageTable& table = region.table_;
+  return table.schedule().next_use(page, std::max<StepTime>(table.now(), 1) - 1);
+}
+
+StepTime ManagedPager::time_wanted(const ManagedRegion& region,
+                                   const std::vector<PageIndex>& pages) const {
+  StepTime time = std::max<StepTime>(region.table_.now(), 1);
+  for (const PageIndex page : pages) {
+    if (region.table_.pins(page) == 0) time = std::max(time, use_to_come(region, page));
+  }
+  return time;
+}
+
+ManagedPager::Missing ManagedPager::missing_after(const ManagedRegion& region, StepTime after,
+                                                  std::size_t most) const {
+  const PageTable& table = region.table_;
+  const Schedule& schedule = table.schedule();
+  Missing missing;
+  const StepTime end = table.now() + schedule.step_count();  // a pass ahead
+  for (StepTime time = std::max(after, table.now()) + 1; time < end && missing.count < most;
+       ++time) {
+    const auto step = static_cast<StepIndex>((time - 1) % schedule.step_count());
+    for (const PageIndex page : schedule.pages_of(step)) {
+      if (table.state(page) != PageState::kAbsent || missing.count == most) continue;
+      ++missing.count;
+      missing.last_use = time;
+    }
+  }
+  return missing;
+}
+
 std::vector<PageIndex> ManagedPager::victims_of(const ManagedRegion& region, std::size_t count,
                                                 StepTime after, Readers readers) const {
   const PageTable& table = region.table_;
-  std::vector<PageIndex> pages = table.victims(count, after);
-  if (table.kept_count() == 0) return pages;
+  if (table.kept_count() == 0) return table.victims(count, after);
+  const auto choose = [&](std::size_t limit) {
+    std::vector<PageIndex> pages = table.victims(limit, after);
+    if (after == 0) return pages;
+    // The step that has come may not have pinned its pages yet: its use of them is still to come.
+    const auto used = [&](PageIndex page) { return use_to_come(region, page) <= table.now(); };
+    pages.erase(std::remove_if(pages.begin(), pages.end(), used), pages.end());
+    return pages;
+  };
+  std::vector<PageIndex> pages = choose(count);
   Done done(*device_);
   const auto free = [&](PageIndex page) {
     const auto& events = region.events_[page];
@@ -53,8 +93,8 @@ std::vector<PageIndex> ManagedPager::victims_of(const ManagedRegion& region, std
            std::all_of(events.readers.begin(), events.readers.end(),
                        [&](const auto& reader) { return done(reader.first, reader.second); });
   };
-  if (std::all_of(pages.begin(), pages.end(), free)) return pages;
-  pages = table.victims(table.page_count(), after);
+  if (pages.size() >= count && std::all_of(pages.begin(), pages.end(), free)) return pages;
+  pages = choose(table.page_count());
   const auto kept =
       std::find_if(pages.begin(), pages.end(), [&](PageIndex page) { return table.kept(page); });
   const auto busy = std::stable_partition(pages.begin(), kept, free);

@@ -43,7 +43,14 @@ void use_models(PagerSetup& setup, const std::vector<Model>& models, unsigned se
     ManagedPager& pager = *setup.pager;
     ManagedRegion& region = *model.region;
     const PageIndex page = below(region.page_count());
-    switch (below(8)) {
+    switch (below(9)) {
+      case 8:
+        if (below(3) > 0) {
+          region.keep({page, below(region.page_count())});
+        } else {
+          region.keep({});
+        }
+        break;
       case 0:
         pager.evict(region, {page, below(region.page_count())});
         break;
