@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import penstock.pager
 
@@ -11,3 +12,9 @@ import penstock.pager
 def small_link_sample() -> None:
     """Measure the link with little: each manager does it once, and there are thousands here."""
     penstock.pager._LINK_SAMPLE = 1 << 20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Let torch compute in one thread: small operations gain nothing from more."""
+    torch.set_num_threads(1)

@@ -75,15 +75,6 @@ class Pair:
         assert self.manager.stats().used == 0
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: small operations gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=PAGERS)
 def pager(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -658,15 +658,6 @@ class Trial:
             assert stats.models["m"].acquired == 0
             assert stats.loaded_bytes == stats.evicted_bytes > 0
             assert pinned_pages(manager) == 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: small operations gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("pager", PAGERS)
