@@ -51,11 +51,19 @@ void FramesRegion::end_capture(StreamHandle stream) {
   device_->event_wait(stream, tail->get());
 }
 
+const Event& FramesRegion::replay_end() {
+  if (!replay_) replay_ = events_.record(replay_stream_);
+  return replay_;
+}
+
 void FramesRegion::before_replay(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   require_idle("replay");
-  if (replay_) device_->event_wait(stream, replay_->get());
-  if (replay_ && !fenced_) return;  // nothing but replays since
+  if (replayed_ && !fenced_) {  // nothing but replays since
+    if (stream.value != replay_stream_.value) device_->event_wait(stream, replay_end()->get());
+    return;
+  }
+  if (replayed_) device_->event_wait(stream, replay_end()->get());
   const Event copied = events_.record(copies_.get());
   device_->event_wait(stream, copied->get());
   for (Place& place : places_) {
@@ -66,7 +74,9 @@ void FramesRegion::before_replay(StreamHandle stream) {
 
 void FramesRegion::after_replay(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  replay_ = events_.record(stream);
+  replayed_ = true;
+  replay_stream_ = stream;
+  replay_.reset();  // recorded when it is asked for: most replays are followed by another
   fenced_ = false;
 }
 

@@ -50,7 +50,7 @@ void FramesRegion::quiesce(PageIndex index) {
   if (page.ready && !wait_quietly(page.ready)) forget(index);
   page.ready.reset();
   for (const auto& reader : page.readers) wait_quietly(reader.second);
-  if (replay_) wait_quietly(replay_);
+  if (replayed_) wait_quietly(replay_end());
 }
 
 void FramesRegion::settle_copies() noexcept {

@@ -281,7 +281,7 @@ void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIn
 }
 
 void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
-  if (!fenced_) device_->event_wait(copies_.get(), replay_->get());
+  if (!fenced_) device_->event_wait(copies_.get(), replay_end()->get());
   fenced_ = true;
   std::vector<const OwnedEvent*> waited;  // the places of one step have its event in common
   for (std::size_t i = 0; i < count; ++i) {

@@ -153,6 +153,7 @@ class FramesRegion : public Region {
   void poison(Place& place);
   void order_after_readers(PageIndex first, std::size_t count);
   void forget_shared();
+  const Event& replay_end();
   void require_idle(const char* what) const;
   void demand(PageIndex page);
   /// Orders `stream` after the page's load. @throws what the load threw, if that is known.
@@ -184,8 +185,10 @@ class FramesRegion : public Region {
   bool verify_ = false;
   bool capturing_ = false;
   std::size_t captured_run_ = 1;  // pages of one copy, at most, while a pass is captured
-  Event replay_;                  // the last one launched
-  bool fenced_ = true;            // the copies are ordered after it
+  bool replayed_ = false;
+  StreamHandle replay_stream_;  // of the last replay
+  Event replay_;                // its end; null: not recorded yet
+  bool fenced_ = true;          // the copies are ordered after it
   Schedule schedule_;
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;
