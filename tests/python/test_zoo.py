@@ -702,24 +702,27 @@ def test_what_is_read_outside_of_all_calls_is_given_back_with_the_rest() -> None
         assert manager.stats().models["m"].memory.system_resident_bytes == 0
 
 
-def test_cap_that_is_enough_for_the_first_pass_is_enough_for_all() -> None:
+@pytest.mark.parametrize(("pager", "width"), [("managed", NARROW), ("frames", 2 * NARROW)])
+def test_cap_that_is_enough_for_the_first_pass_is_enough_for_all(pager: str, width: int) -> None:
     """What a step reads is learned from the first pass, and must not make the next one larger."""
 
     class ReadsLate(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(*(nn.Linear(NARROW, NARROW) for _ in range(4)))
+            self.body = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
 
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(self.body(x), self.body[0].weight)
 
-    trial = Trial(Animal(lambda d: ReadsLate(), lambda m, d: m(noise(2, d))), NARROW, 4 * KIB)
+    page_size = 4 * KIB if pager == "managed" else 64 * KIB
+    chosen = Animal(lambda d: ReadsLate(), lambda m, d: m(noise(2, d)))
+    trial = Trial(chosen, width, page_size, pager)
 
     def first_pass(cap: int) -> None:
         with torch.no_grad(), trial.manager(cap).use("m") as model:
-            model(noise(2, NARROW))
+            model(noise(2, width))
 
-    trial.check(trial.manager(least_cap(first_pass, 4 * KIB)))
+    trial.check(trial.manager(least_cap(first_pass, page_size)))
 
 
 @pytest.mark.parametrize("pager", PAGERS)
