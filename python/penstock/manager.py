@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from penstock.trace import write_trace
 from penstock.weights import find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
+
+_PATIENCE = 60.0  # seconds to wait for a call in another thread to give frames back
+_POLL = 0.0005
 
 _log = logging.getLogger("penstock")
 
@@ -351,12 +355,15 @@ class MemoryManager:
         ]
         for other in sorted(others, key=lambda each: each.last_use):
             assert other.runner is not None
-            if not other.acquired and not other.runner.running:
+            with other.runner.resting() as resting:
+                if not resting:
+                    continue
+                if other.acquired:
+                    other.runner.attach()
+                    continue
                 if self._room(model) >= model.memory.page_count:
                     break
                 self._evict(other)
-            elif not other.runner.running:
-                other.runner.attach()
         if isinstance(model.memory, FramesMemory):
             active = [model, *(each for each in others if each.acquired)]
             held = sum(_frames_held(each) for each in active)
@@ -372,10 +379,26 @@ class MemoryManager:
             if isinstance(model.memory, FramesMemory):
                 extra = (size - needs) if more <= spare else spare * (size - needs) // more
                 model.memory.frames = needs + extra
-        # Those that give frames away first.
+        # Those that give frames away first; what is being called does when the call has ended.
         for model in sorted(models, key=_frames_gained):
-            if model.runner is not None and not model.runner.running:
-                model.runner.plan()
+            if model.runner is not None:
+                self._plan(model.runner, [each.runner for each in models if each is not model])
+
+    def _plan(self, runner: Runner, others: list[Runner | None]) -> None:
+        end = time.monotonic() + _PATIENCE
+        while True:
+            busy = any(each is not None and each.runs_elsewhere for each in others)
+            with runner.resting() as resting:
+                if not resting:
+                    runner.plan_later()
+                    return
+                try:
+                    runner.plan()
+                    return
+                except CapExceededError:
+                    if not busy or time.monotonic() > end:
+                        raise
+            time.sleep(_POLL)
 
     def _room(self, model: _Model) -> int:
         """Count the pages that a model could hold without taking any from others."""
@@ -408,6 +431,8 @@ class MemoryManager:
                 model.runner.unwind()
                 if evict:
                     self._evict(model)
+                    with suppress(CapExceededError):  # others have what they had
+                        self._share_again()
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
@@ -438,10 +463,13 @@ class MemoryManager:
                 return
             if isinstance(model.memory, FramesMemory) and not model.acquired:
                 model.memory.frames = min(self._room(model), model.memory.page_count)
-                try:
-                    model.runner.plan()
-                except CapExceededError:
-                    return  # no room worth having
+                with model.runner.resting() as resting:
+                    if not resting:
+                        return
+                    try:
+                        model.runner.plan()
+                    except CapExceededError:
+                        return  # no room worth having
             model.runner.prefetch()
 
     def capture(self, name: str, *args: Any, **kwargs: Any) -> CapturedPass:  # noqa: ANN401
@@ -588,9 +616,10 @@ class MemoryManager:
 
     def _evict(self, model: _Model) -> None:
         if model.memory is not None and model.runner is not None:
-            model.runner.attach()
-            model.runner.release_views()
-            model.memory.evict()
+            with model.runner.resting():
+                model.runner.attach()
+                model.runner.release_views()
+                model.memory.evict()
 
     def _model_stats(self, model: _Model) -> ModelStats:
         figures = MemoryStats()

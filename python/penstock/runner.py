@@ -12,6 +12,7 @@ One model runs in one thread at a time.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
@@ -167,6 +168,9 @@ class Runner:
         self._in_pass = False
         self._error_before: BaseException | None = None
         self._calls: list[_Call] = []
+        self._gate = threading.RLock()  # while a pass begins or ends, and while others plan
+        self._thread = 0  # of the latest pass
+        self._plan_later = False
         self._called: list[Place] = []
         self._observer: ReadObserver | None = None
         self._observed: list[_Call] = []
@@ -230,10 +234,21 @@ class Runner:
             self._capturing = False
             self._streamer.set_capturing(False)
 
+    @contextmanager
+    def resting(self) -> Iterator[bool]:
+        """Have calls wait until the block ends; say whether none is under way."""
+        with self._gate:
+            yield not self._calls
+
     @property
-    def running(self) -> bool:
-        """Whether a call is under way."""
-        return bool(self._calls)
+    def runs_elsewhere(self) -> bool:
+        """Whether a call is under way in another thread."""
+        with self._gate:  # not in the midst of planning, either
+            return bool(self._calls) and self._thread != threading.get_ident()
+
+    def plan_later(self) -> None:
+        """Plan anew when the pass that is under way ends."""
+        self._plan_later = True
 
     def schedule(self) -> list[tuple[str, list[str], list[int]]]:
         """List the steps to come: name, names of the tensors read, pages in use."""
@@ -257,6 +272,7 @@ class Runner:
             If a call is under way.
         """
         assert self._followed is not None
+        self._plan_later = False
         self.attach()
         orders = self._planned_for or [self._followed]
         self._plan_for(orders)
@@ -359,7 +375,13 @@ class Runner:
     def _enter(self, index: int) -> None:
         calls = self._calls
         call = _Call(index, calls[-1] if calls else None)
-        calls.append(call)  # before what can fail: the other hook pops it in any case
+        # Before what can fail: the other hook pops it in any case.
+        if calls:
+            calls.append(call)
+        else:
+            with self._gate:
+                calls.append(call)
+                self._thread = threading.get_ident()
         if self._free:
             return
         if call.parent is None:
@@ -375,6 +397,19 @@ class Runner:
         calls = self._calls
         if not calls or calls[-1].module != index:
             return  # unwound meanwhile
+        if len(calls) > 1:
+            self._end_call(index)
+            return
+        with self._gate:
+            try:
+                self._end_call(index)
+            finally:
+                if self._plan_later:
+                    with suppress(CapExceededError):
+                        self.plan()
+
+    def _end_call(self, index: int) -> None:
+        calls = self._calls
         call = calls[-1]
         if self._free:
             calls.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,44 @@ def test_models_share_the_cap_in_turns_and_together() -> None:
                     assert rig.manager.stats().used <= 6 * PAGE
                 rig.check(module, 3)
     rig.end()
+
+
+def test_frames_return_to_who_goes_on() -> None:
+    rig = Rig(6)
+    rig.manager.register("n", lambda: stack(7).eval(), state_of(build(lambda: stack(7))))
+    with rig.manager.use("m") as module:
+        rig.check(module, 2)
+        with rig.manager.use("n") as second, torch.no_grad():
+            second(X)
+            assert rig.memory.resident_bytes < 6 * PAGE
+        rig.check(module, 2)
+        assert rig.memory.resident_bytes == 6 * PAGE
+    rig.end()
+
+
+@pytest.mark.parametrize("frames", [3, 7, 13, 20])
+def test_threads_run_their_models_under_one_cap(frames: int) -> None:
+    manager = MemoryManager(cap=frames * PAGE, device="cpu", pager="frames", page_size=PAGE)
+    wanted = {}
+    for seed, name in enumerate("abc"):
+        plain = build(lambda: stack(6), seed)
+        wanted[name] = plain(X).detach()
+        manager.register(name, lambda: stack(6).eval(), state_of(plain))
+
+    def work(name: str) -> None:
+        torch.set_num_threads(1)
+        for number in range(15):
+            if number % 3 == 0:
+                manager.prefetch(name)
+            with torch.no_grad(), manager.use(name) as module:
+                for _ in range(3):
+                    assert same_bits(module(X), wanted[name])
+
+    with ThreadPoolExecutor(3) as pool:
+        within(100, lambda: list(pool.map(work, "abc")))
+    assert manager.stats().used == 0
+    assert manager.stats().peak <= frames * PAGE
+    assert pinned_pages(manager) == 0
 
 
 def test_idle_models_stay_until_others_need_the_room() -> None:
