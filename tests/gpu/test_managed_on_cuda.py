@@ -46,7 +46,7 @@ def reference():
     torch.manual_seed(1)
     model = Tied().eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    ids = torch.randint(0, 2000, (2, 24), device="cuda")
+    ids = torch.randint(0, 2000, (2, 24), device="cuda", pager="managed")
     with torch.no_grad():
         return state, ids, model.cuda()(ids)
 
@@ -54,7 +54,7 @@ def reference():
 @pytest.mark.parametrize("cap", ["64MiB", "96MiB", "1GiB"])
 def test_output_is_bit_identical_under_any_cap(reference, cap):
     state, ids, wanted = reference
-    manager = penstock.MemoryManager(cap=cap, device="cuda")
+    manager = penstock.MemoryManager(cap=cap, device="cuda", pager="managed")
     manager.register("m", lambda: Tied().eval(), state)
     with torch.no_grad(), manager.use("m") as model:
         for _ in range(5):
@@ -67,7 +67,7 @@ def test_output_is_bit_identical_under_any_cap(reference, cap):
 
 def test_a_step_that_cannot_fit_is_refused_and_the_manager_stays_usable(reference):
     state, ids, _ = reference
-    manager = penstock.MemoryManager(cap="8MiB", device="cuda")
+    manager = penstock.MemoryManager(cap="8MiB", device="cuda", pager="managed")
     manager.register("m", lambda: Tied().eval(), state)
     with (
         torch.no_grad(),
@@ -80,7 +80,7 @@ def test_a_step_that_cannot_fit_is_refused_and_the_manager_stays_usable(referenc
 
 def test_other_streams_wait_for_their_pages(reference):
     state, ids, wanted = reference
-    manager = penstock.MemoryManager(cap="64MiB", device="cuda")
+    manager = penstock.MemoryManager(cap="64MiB", device="cuda", pager="managed")
     manager.register("m", lambda: Tied().eval(), state)
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
@@ -93,11 +93,11 @@ def test_other_streams_wait_for_their_pages(reference):
 
 
 def test_written_pages_survive_eviction():
-    pager = penstock.Pager(cap="64MiB", device="cuda")
+    pager = penstock.Pager(cap="64MiB", device="cuda", pager="managed")
     region = pager.reserve("32MiB", writable=True)
     tensor = region.tensor(0, (8 * MIB,), torch.float32)
     pager.prefetch(region)
-    wanted = torch.randn(8 * MIB, device="cuda")
+    wanted = torch.randn(8 * MIB, device="cuda", pager="managed")
     tensor.copy_(wanted)
     torch.cuda.synchronize()
     assert pager.evict(region) == 32 * MIB
@@ -105,7 +105,7 @@ def test_written_pages_survive_eviction():
 
 
 def test_clean_pages_written_by_mistake_are_not_lost_either():
-    pager = penstock.Pager(cap="64MiB", device="cuda")
+    pager = penstock.Pager(cap="64MiB", device="cuda", pager="managed")
     region = pager.reserve("8MiB", writable=False)
     tensor = region.tensor(0, (2 * MIB,), torch.float32)
     pager.prefetch(region)
@@ -116,7 +116,7 @@ def test_clean_pages_written_by_mistake_are_not_lost_either():
 
 
 def test_a_tensor_outlives_pager_and_manager():
-    pager = penstock.Pager(cap="8MiB", device="cuda")
+    pager = penstock.Pager(cap="8MiB", device="cuda", pager="managed")
     tensor = pager.reserve("4MiB").tensor(0, (MIB,), torch.float32)
     tensor.fill_(2.0)
     del pager
@@ -132,7 +132,7 @@ DTYPES = (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_zero_copy(dtype):
-    pager = penstock.Pager(cap="8MiB", device="cuda")
+    pager = penstock.Pager(cap="8MiB", device="cuda", pager="managed")
     region = pager.reserve("1MiB")
     source = torch.randint(0, 2, (3, 4096), dtype=torch.uint8).to(dtype)
     region.core.write(4096, source.contiguous().view(torch.uint8).numpy())
@@ -143,7 +143,7 @@ def test_every_dtype_is_zero_copy(dtype):
 
 def test_two_models_in_two_threads_share_one_cap(reference):
     state, ids, wanted = reference
-    manager = penstock.MemoryManager(cap="128MiB", device="cuda")
+    manager = penstock.MemoryManager(cap="128MiB", device="cuda", pager="managed")
     for name in "ab":
         manager.register(name, lambda: Tied().eval(), state)
     wrong, peaks = [], []
