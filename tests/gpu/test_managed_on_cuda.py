@@ -93,7 +93,7 @@ def test_other_streams_wait_for_their_pages(reference):
 
 
 def test_written_pages_survive_eviction():
-    pager = penstock.Pager(cap="64MiB", device="cuda", pager="managed")
+    pager = penstock.Pager(cap="64MiB", device="cuda")
     region = pager.reserve("32MiB", writable=True)
     tensor = region.tensor(0, (8 * MIB,), torch.float32)
     pager.prefetch(region)
@@ -105,7 +105,7 @@ def test_written_pages_survive_eviction():
 
 
 def test_clean_pages_written_by_mistake_are_not_lost_either():
-    pager = penstock.Pager(cap="64MiB", device="cuda", pager="managed")
+    pager = penstock.Pager(cap="64MiB", device="cuda")
     region = pager.reserve("8MiB", writable=False)
     tensor = region.tensor(0, (2 * MIB,), torch.float32)
     pager.prefetch(region)
@@ -116,7 +116,7 @@ def test_clean_pages_written_by_mistake_are_not_lost_either():
 
 
 def test_a_tensor_outlives_pager_and_manager():
-    pager = penstock.Pager(cap="8MiB", device="cuda", pager="managed")
+    pager = penstock.Pager(cap="8MiB", device="cuda")
     tensor = pager.reserve("4MiB").tensor(0, (MIB,), torch.float32)
     tensor.fill_(2.0)
     del pager
@@ -132,7 +132,7 @@ DTYPES = (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_zero_copy(dtype):
-    pager = penstock.Pager(cap="8MiB", device="cuda", pager="managed")
+    pager = penstock.Pager(cap="8MiB", device="cuda")
     region = pager.reserve("1MiB")
     source = torch.randint(0, 2, (3, 4096), dtype=torch.uint8).to(dtype)
     region.core.write(4096, source.contiguous().view(torch.uint8).numpy())
