@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from penstock import _core
-from penstock.errors import CapExceededError
+from penstock.managed_plan import ManagedPlan, plan_managed
 from penstock.pager import Pager, Region
 from penstock.stats import MemoryStats, PassFigures
 
@@ -28,7 +28,7 @@ class ModelMemory(ABC):
         self.pager = pager
         self.region = region
         self.streamer = _core.Streamer(region.core)
-        self.plan: _core.Plan | None = None
+        self.plan: _core.Plan | ManagedPlan | None = None
 
     @property
     def page_count(self) -> int:
@@ -111,7 +111,7 @@ def _figures(last: _core.PassStats, step_name: Callable[[int], str]) -> PassFigu
 
 
 class ManagedMemory(ModelMemory):
-    """Managed memory: the pager decides what stays, by the schedule."""
+    """Managed memory: the plan says what stays, and the pager has the rest pass through."""
 
     region_core: _core.ManagedRegion
 
@@ -119,16 +119,30 @@ class ManagedMemory(ModelMemory):
         super().__init__(pager, region)
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
+        self._kept: tuple[int, ...] = ()
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
-        if not steps or frames == 0:
-            return
-        try:
-            self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
-        except CapExceededError:  # the pager says it better, when the step is run
-            self.plan = None
+        if max(map(len, steps), default=0) > frames:
+            steps = ()  # the pager says it better, when the step is run
+        self.plan = None
+        if steps and frames > 0:
+            self.plan = plan_managed(
+                steps,
+                frames,
+                page_size=self.pager.page_size,
+                link_rate=self.pager.link_rate,
+                seconds=seconds,
+            )
+            if not self.plan.kept:  # then the farthest next use goes, as in any plan without them
+                self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+        # Where nothing has to pass through, all is loaded in batches as large as can be.
+        plan = self.plan
+        kept = plan.kept if isinstance(plan, ManagedPlan) and plan.ring else ()
+        if kept != self._kept:
+            self.pager.core.keep(self.region_core, kept)
+            self._kept = kept
 
     @override
     def fits(self) -> bool:
