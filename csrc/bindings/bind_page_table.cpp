@@ -48,7 +48,8 @@ void bind_page_table(py::module_& module) {
           },
           py::arg("page"), "Return the time of the next use, None for never.")
       .def("victims", &PageTable::victims, py::arg("limit"), py::arg("after") = 0,
-           "Return up to `limit` pages to evict, in order, all used later than `after`; kept ones only after 0.");
+           "Return up to `limit` pages to evict, in order, all used later than `after`; kept ones "
+           "only after 0.");
 }
 
 }  // namespace penstock
