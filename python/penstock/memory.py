@@ -12,7 +12,8 @@ import torch
 from typing_extensions import override
 
 from penstock import _core
-from penstock.errors import CapExceededError, ScheduleError
+from penstock.errors import ScheduleError
+from penstock.managed_plan import ManagedPlan, plan_managed
 from penstock.pager import Pager, Region
 from penstock.stats import MemoryStats, PassFigures
 
@@ -23,9 +24,6 @@ __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
 _HOST_PAGE = 4 << 10
 _ENTRY = 8
 _TABLE = 2 << 20
-
-_MANAGED_BLOCK = 256 << 20  # bytes
-_MANAGED_RING = 1 << 30  # bytes: four requests, one loading, one read, one dropped, one to spare
 
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
@@ -38,7 +36,7 @@ class ModelMemory(ABC):
         self.pager = pager
         self.region = region
         self.streamer = _core.Streamer(region.core)
-        self.plan: _core.Plan | None = None
+        self.plan: _core.Plan | ManagedPlan | None = None
 
     @property
     def page_count(self) -> int:
@@ -132,7 +130,7 @@ def _figures(last: _core.PassStats, step_name: Callable[[int], str]) -> PassFigu
 
 
 class ManagedMemory(ModelMemory):
-    """Managed memory: the pager decides what stays, by the schedule."""
+    """Managed memory: the plan says what stays, and the pager has the rest pass through."""
 
     region_core: _core.ManagedRegion
 
@@ -140,37 +138,30 @@ class ManagedMemory(ModelMemory):
         super().__init__(pager, region)
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
+        self._kept: tuple[int, ...] = ()
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
-        if not steps or frames == 0:
-            return
-        try:
-            plan = self.pager.plan(self.page_count, steps, frames, seconds)
-            if plan.ring:
-                # Unified memory moves large ranges only at its full rate, so less is kept.
-                ring = max(plan.ring, min(_MANAGED_RING // self.pager.page_size, frames // 2))
-                plan = self.pager.plan(self.page_count, steps, frames - (ring - plan.ring), seconds)
-        except CapExceededError:  # the pager says it better, when the step is run
-            self.plan = None
-            return
-        self.plan = plan
-        self.pager.core.keep(self.region_core, self._in_blocks(len(plan.resident)))
-
-    def _in_blocks(self, count: int) -> list[int]:
-        """Choose so many pages to keep, or somewhat fewer, in blocks that leave large gaps."""
-        if count >= self.page_count:
-            return self.all_pages
-        block = max(1, min(_MANAGED_BLOCK // self.pager.page_size, count))
-        blocks = -(-self.page_count // block)
-        kept = count // block
-        return [
-            page
-            for i in range(blocks)
-            if (i + 1) * kept // blocks > i * kept // blocks
-            for page in range(i * block, min((i + 1) * block, self.page_count))
-        ]
+        if max(map(len, steps), default=0) > frames:
+            steps = ()  # the pager says it better, when the step is run
+        self.plan = None
+        if steps and frames > 0:
+            self.plan = plan_managed(
+                steps,
+                frames,
+                page_size=self.pager.page_size,
+                link_rate=self.pager.link_rate,
+                seconds=seconds,
+            )
+            if not self.plan.kept:  # then the farthest next use goes, as in any plan without them
+                self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+        # Where nothing has to pass through, all is loaded in batches as large as can be.
+        plan = self.plan
+        kept = plan.kept if isinstance(plan, ManagedPlan) and plan.ring else ()
+        if kept != self._kept:
+            self.pager.core.keep(self.region_core, kept)
+            self._kept = kept
 
     @override
     def fits(self) -> bool:

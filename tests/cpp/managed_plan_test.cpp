@@ -71,13 +71,13 @@ TEST(ManagedPlan, LookAheadLeavesKeptPagesAndThoseThatAreUsedSooner) {
 
 TEST(ManagedPlan, NoOneWaitsForAReaderWhereAnotherPageMayGo) {
   for (const bool ahead : {false, true}) {
+    Gate reading;
     PagerSetup setup(4);
     const auto region = setup.reserve(8);
     region->set_schedule(one_page_each(8));
     region->keep({7});
     const OwnedStream slow(setup.device);
     const OwnedStream quick(setup.device);
-    Gate reading;
     setup.pager->prefetch(*region, {7}, kCaller);
     setup.pager->begin(*region, {0}, slow.get());
     run_on(slow.get(), [&] { reading.wait(); });
@@ -101,11 +101,11 @@ TEST(ManagedPlan, NoOneWaitsForAReaderWhereAnotherPageMayGo) {
 }
 
 TEST(ManagedPlan, ReaderIsWaitedForWhereNoOtherPageMayGo) {
+  Gate reading;
   PagerSetup setup(2);
   const auto region = setup.reserve(4);
   region->keep({3});
   const OwnedStream slow(setup.device);
-  Gate reading;
   setup.pager->prefetch(*region, {3}, kCaller);
   setup.pager->begin(*region, {0}, slow.get());
   run_on(slow.get(), [&] { reading.wait(); });
@@ -378,12 +378,12 @@ TEST(ManagedPlan, RoomIsMadeAheadOfPagesWhoseReadersAreDone) {
 }
 
 TEST(ManagedPlan, RoomAheadWaitsForNoReader) {
+  Gate reading;
   PagerSetup setup(4);
   const auto region = setup.reserve(8);
   region->set_schedule(one_page_each(8));
   region->keep({0});
   const OwnedStream slow(setup.device);
-  Gate reading;
   for (PageIndex page = 0; page < 3; ++page) {
     setup.pager->advance(*region, page);
     setup.pager->begin(*region, {page}, slow.get());
@@ -399,9 +399,9 @@ TEST(ManagedPlan, RoomAheadWaitsForNoReader) {
 // ---- waiting for what was asked for ------------------------------------------------------------
 
 TEST(ManagedPlan, StepWaitsForWhatWasAskedForAheadInsteadOfDemandingIt) {
+  Gate loading;
   PagerSetup setup(8);
   const auto region = setup.reserve(8);
-  Gate loading;
   setup.spy->on_prefetch = [&](std::uintptr_t, std::size_t, StreamHandle) { loading.wait(); };
   setup.pager->prefetch_ahead(*region, {0, 1});
   setup.pager->prefetch_ahead(*region, {2, 3, 4});
@@ -457,10 +457,10 @@ TEST(ManagedPlan, PageOfTheStepThatBeginsIsLoadedAheadBeforeItIsPinned) {
 }
 
 TEST(ManagedPlan, ForkedChildDoesNotWaitForWhatItsParentAskedFor) {
-  PagerSetup setup(4);
-  auto region = setup.reserve(4);
   Gate loading;
   Gate in_call;
+  PagerSetup setup(4);
+  auto region = setup.reserve(4);
   setup.spy->on_prefetch = [&](std::uintptr_t, std::size_t, StreamHandle) {
     in_call.open();
     loading.wait();
