@@ -247,10 +247,10 @@ TEST_F(StreamTierTest, DeviceThatCannotTellWhetherACopyIsOverEndsTheWait) {
   };
   const auto broken = std::make_shared<Broken>();
   StreamTier tier(broken, model.bytes.size(), kTierPage, model.source, 2 * kTierPage, 1);
-  for (PageIndex page = 0; page < 2; ++page) {
-    tier.fetch(page);
-    tier.release(page, std::make_shared<OwnedEvent>(broken));
-  }
+  tier.fetch(0);
+  tier.fetch(1);  // before anything is released: from then on the tier may have met the error
+  tier.release(0, std::make_shared<OwnedEvent>(broken));
+  tier.release(1, std::make_shared<OwnedEvent>(broken));
   EXPECT_THROW(tier.fetch(2), DeviceError);
   EXPECT_THROW(tier.fetch(3), DeviceError);
 }
