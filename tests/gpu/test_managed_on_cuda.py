@@ -46,7 +46,7 @@ def reference():
     torch.manual_seed(1)
     model = Tied().eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    ids = torch.randint(0, 2000, (2, 24), device="cuda", pager="managed")
+    ids = torch.randint(0, 2000, (2, 24), device="cuda")
     with torch.no_grad():
         return state, ids, model.cuda()(ids)
 
@@ -97,7 +97,7 @@ def test_written_pages_survive_eviction():
     region = pager.reserve("32MiB", writable=True)
     tensor = region.tensor(0, (8 * MIB,), torch.float32)
     pager.prefetch(region)
-    wanted = torch.randn(8 * MIB, device="cuda", pager="managed")
+    wanted = torch.randn(8 * MIB, device="cuda")
     tensor.copy_(wanted)
     torch.cuda.synchronize()
     assert pager.evict(region) == 32 * MIB
