@@ -1,6 +1,4 @@
 // How a frames region lives with work that was captured in a graph.
-#include <algorithm>
-
 #include "error/error.hpp"
 #include "pager/frames_region.hpp"
 
@@ -29,15 +27,12 @@ void FramesRegion::begin_capture(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   const Event start = events_.record(stream);
   device_->event_wait(copies_.get(), start->get());
-  capturing_ = true;
-  const auto shared = std::count_if(places_.begin(), places_.end(),
-                                    [](const Place& place) { return place.pages.size() > 1; });
-  captured_run_ = std::max<std::size_t>(1, static_cast<std::size_t>(shared) / 2);
+  capture_.emplace();
 }
 
 void FramesRegion::end_capture(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  capturing_ = false;
+  capture_.reset();
   // The events that were recorded meanwhile stand for work of the graph, not of a stream.
   for (Page& page : pages_) {
     // Its bytes come when the graph is launched, not before.
@@ -67,7 +62,7 @@ void FramesRegion::before_replay(StreamHandle stream) {
   const Event copied = events_.record(copies_.get());
   device_->event_wait(stream, copied->get());
   for (Place& place : places_) {
-    for (const auto& reader : place.readers) device_->event_wait(stream, reader.second->get());
+    for (const auto& reader : place.readers) device_->event_wait(stream, reader.event->get());
   }
   forget_shared();
 }

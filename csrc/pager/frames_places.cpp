@@ -49,7 +49,7 @@ void FramesRegion::quiesce(PageIndex index) {
   Page& page = pages_[index];
   if (page.ready && !wait_quietly(page.ready)) forget(index);
   page.ready.reset();
-  for (const auto& reader : page.readers) wait_quietly(reader.second);
+  for (const auto& reader : page.readers) wait_quietly(reader.event);
   if (replayed_) wait_quietly(replay_end());
 }
 

@@ -15,14 +15,15 @@ namespace {
 
 constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
 
-void note_reader(std::vector<std::pair<void*, Event>>& readers, StreamHandle stream,
-                 const Event& use) {
-  for (auto& reader : readers) {
-    if (reader.first != stream.value) continue;
-    reader.second = use;
+/// Remembers the last use on each stream.
+template <typename Use>
+void note(std::vector<Use>& uses, const Use& use) {
+  for (Use& known : uses) {
+    if (known.stream != use.stream) continue;
+    if (known.number < use.number) known = use;
     return;
   }
-  readers.emplace_back(stream.value, use);
+  uses.push_back(use);
 }
 
 }  // namespace
@@ -81,8 +82,8 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another
   PageIndex failed = kNobody;
   try {
-    for (const PageIndex page : pages) {
-      if (!in_place(pages_[page], page)) demand(page);
+    for (std::size_t i = 0; i < pages.size(); ++i) {
+      if (!in_place(pages_[pages[i]], pages[i])) demand(pages, i);
     }
     for (const PageIndex page : pages) {
       failed = page;
@@ -104,13 +105,17 @@ void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
   if (!page.ready) return;
   // A load that is over is waited for here: that tells at once whether it failed, where a stream
   // would tell later, somewhere else. A capture cannot ask.
-  if (!capturing_ && device_->event_done(page.ready->get())) {
+  if (!capture_ && device_->event_done(page.ready->get())) {
     device_->event_synchronize(page.ready->get());
     page.ready.reset();
-  } else if (!capturing_ || page.waited != stream.value) {
-    device_->event_wait(stream, page.ready->get());
-    page.waited = stream.value;
+    return;
   }
+  if (capture_) {
+    std::uint64_t& known = capture_->loads[stream.value];
+    if (page.load <= known) return;
+    known = page.load;
+  }
+  device_->event_wait(stream, page.ready->get());
 }
 
 void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
@@ -145,10 +150,11 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     }
     throw;
   }
+  const Use last{stream.value, use, ++uses_};
   for (const PageIndex index : pages) {
     Page& page = pages_[index];
-    note_reader(page.readers, stream, use);
-    note_reader(places_[page.place].readers, stream, use);
+    note(page.readers, last);
+    note(places_[page.place].readers, last);
   }
   if (!verify_) return;
   for (const PageIndex index : pages) {
@@ -207,25 +213,26 @@ std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
   return there;
 }
 
+bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
+  const auto begin = pages_.begin();
+  return std::any_of(begin + first, begin + page,
+                     [&](const Page& each) { return each.place == pages_[page].place; });
+}
+
 std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::size_t start) {
   // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
-  // fewer and larger copies, since each costs its launch some microseconds.
+  // as few copies as its ring allows, since each costs its launch some microseconds.
   const PageIndex first = pages[start];
-  const std::size_t together = verify_ ? 1 : tier_->pages_together(first);
-  const std::size_t most = capturing_ ? std::min(together, captured_run_) : together;
+  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
   const StepTime use = schedule_.next_use(first, now_);
   std::size_t count = 1;
   for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
     const PageIndex next = pages[i];
     if (next >= first && next < first + count) continue;  // steps that follow each other share it
     if (next != first + count || in_place(pages_[next], next)) break;
-    if (!capturing_ && schedule_.next_use(next, now_) != use) break;
-    bool shares = false;
-    for (PageIndex page = first; page < next; ++page) {
-      shares = shares || pages_[page].place == pages_[next].place;
-    }
-    if (shares) break;
-    if (!may_load(next)) return capturing_ ? 0 : count;  // soon there is room for more at once
+    if (!capture_ && schedule_.next_use(next, now_) != use) break;
+    if (shares_place(next, first)) break;
+    if (!may_load(next)) return capture_ ? 0 : count;  // soon there is room for more at once
     ++count;
   }
   return count;
@@ -242,7 +249,7 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
     for (PageIndex page = first; page < end; ++page) places_[pages_[page].place].owner = kNobody;
     order_after_readers(first, count);
-    if (trace_ && !capturing_) start = events_.record(copies_.get());
+    if (trace_ && !capture_) start = events_.record(copies_.get());
     copy_in(first, pieces);
     ready = events_.record(copies_.get());
   } catch (...) {
@@ -256,7 +263,7 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     Page& page = pages_[index];
     places_[page.place].owner = index;
     page.ready = ready;
-    page.waited.reset();
+    page.load = uses_;
     page.last_use = uses_;
     page.used = false;
   }
@@ -283,19 +290,38 @@ void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIn
 void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
   if (!fenced_) device_->event_wait(copies_.get(), replay_end()->get());
   fenced_ = true;
-  std::vector<const OwnedEvent*> waited;  // the places of one step have its event in common
-  for (std::size_t i = 0; i < count; ++i) {
-    Place& place = places_[pages_[first + i].place];
-    for (const auto& [stream, use] : place.readers) {
-      if (std::find(waited.begin(), waited.end(), use.get()) != waited.end()) continue;
-      device_->event_wait(copies_.get(), use->get());
-      waited.push_back(use.get());
-    }
-    place.readers.clear();
-  }
+  const std::vector<Use> uses = uses_to_await(first, count);
+  for (const Use& use : uses) device_->event_wait(copies_.get(), use.event->get());
   // On the host a stream passes on what it waited for: a reader's failure, which is not the copy's.
   // It goes with this record, which nobody asks.
-  if (waits_pass_errors_ && !waited.empty()) events_.record(copies_.get());
+  if (waits_pass_errors_ && !uses.empty()) events_.record(copies_.get());
+}
+
+std::vector<FramesRegion::Use> FramesRegion::uses_to_await(PageIndex first, std::size_t count) {
+  std::vector<Use> uses;
+  for (std::size_t i = 0; i < count; ++i) {
+    Readers& readers = places_[pages_[first + i].place].readers;
+    for (const Use& use : readers) {
+      if (capture_) {
+        note(uses, use);  // later work of a stream is ordered after its earlier
+        continue;
+      }
+      // The places of one step have its event in common. Streams come and go: the later use of one
+      // may not be after the earlier use of another that had its handle.
+      const auto same = [&](const Use& known) { return known.event == use.event; };
+      if (std::none_of(uses.begin(), uses.end(), same)) uses.push_back(use);
+    }
+    readers.clear();
+  }
+  if (!capture_) return uses;
+  const auto known = [&](const Use& use) {
+    std::uint64_t& last = capture_->uses[use.stream];
+    if (use.number <= last) return true;
+    last = use.number;
+    return false;
+  };
+  uses.erase(std::remove_if(uses.begin(), uses.end(), known), uses.end());
+  return uses;
 }
 
 void FramesRegion::copy_in(PageIndex first, const std::vector<Piece>& pieces) {
@@ -334,23 +360,35 @@ void FramesRegion::poison(Place& place) {
   }
 }
 
-void FramesRegion::demand(PageIndex index) {
-  Page& page = pages_[index];
-  if (page.place == kNowhere || !is_free(places_[page.place])) {
-    if (capturing_) {
-      throw ScheduleError("page " + std::to_string(index) +
-                          " needs another frame, which a capture cannot give: run the same call a "
-                          "few times before capturing it");
-    }
-    const PlaceIndex target = find_place();
-    if (page.place != kNowhere) {
-      quiesce(index);
-      unmap(index);
-    }
-    map(index, target);
-    if (arranged_) ++stats_.remaps;
+void FramesRegion::demand(const std::vector<PageIndex>& pages, std::size_t start) {
+  const PageIndex first = pages[start];
+  place(first);
+  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
+  std::size_t count = 1;
+  for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
+    const PageIndex next = pages[i];
+    if (next != first + count || in_place(pages_[next], next)) break;
+    if (!has_room(next) || shares_place(next, first)) break;
+    ++count;
   }
-  load(index, 1, true);
+  load(first, count, true);
+}
+
+void FramesRegion::place(PageIndex index) {
+  Page& page = pages_[index];
+  if (has_room(index)) return;
+  if (capture_) {
+    throw ScheduleError("page " + std::to_string(index) +
+                        " needs another frame, which a capture cannot give: run the same call a "
+                        "few times before capturing it");
+  }
+  const PlaceIndex target = find_place();
+  if (page.place != kNowhere) {
+    quiesce(index);
+    unmap(index);
+  }
+  map(index, target);
+  if (arranged_) ++stats_.remaps;
 }
 
 void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {

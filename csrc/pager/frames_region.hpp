@@ -27,7 +27,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <utility>
+#include <unordered_map>
 #include <vector>
 
 #include "device/event_pool.hpp"
@@ -77,8 +77,7 @@ class FramesRegion : public Region {
 
   /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
   /// @throws CapExceededError where the cap does not allow so many frames, ScheduleError where
-  /// pages
-  ///         are in use; nothing has changed then.
+  ///         pages are in use; nothing has changed then.
   void arrange(const Arrangement& arrangement);
   std::size_t frame_count() const;
 
@@ -113,22 +112,34 @@ class FramesRegion : public Region {
   static constexpr PlaceIndex kNowhere = std::numeric_limits<PlaceIndex>::max();
   static constexpr PageIndex kNobody = std::numeric_limits<PageIndex>::max();
 
-  using Readers = std::vector<std::pair<void*, Event>>;  // the last use on each stream
+  struct Use {
+    void* stream;
+    Event event;
+    std::uint64_t number;  // ascending in time
+  };
+  using Readers = std::vector<Use>;  // the last use on each stream
 
   struct Page {
     PlaceIndex place = kNowhere;
     std::uint32_t pins = 0;
-    Event ready;                  // its load; null: known to be over
-    std::optional<void*> waited;  // the capturing stream that is ordered after it
-    Readers readers;              // of its addresses
-    std::uint64_t last_use = 0;   // or load
-    bool used = false;            // since it was loaded
+    Event ready;                 // its load; null: known to be over
+    Readers readers;             // of its addresses
+    std::uint64_t load = 0;      // number of the last
+    std::uint64_t last_use = 0;  // or load
+    bool used = false;           // since it was loaded
   };
   struct Place {
     Frame frame;
     PageIndex owner = kNobody;
     std::vector<PageIndex> pages;  // all that are mapped onto it
     Readers readers;               // of its memory, since the last copy into it
+  };
+
+  /// While a pass is captured. What a stream of the graph is ordered after already, by number: what
+  /// follows from that needs no edge, and edges are what a launch costs.
+  struct Capture {
+    std::unordered_map<void*, std::uint64_t> loads;  // that a stream is ordered after
+    std::unordered_map<void*, std::uint64_t> uses;   // on a stream, that the copies are after
   };
 
   FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier);
@@ -152,10 +163,20 @@ class FramesRegion : public Region {
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
   void order_after_readers(PageIndex first, std::size_t count);
+  /// The uses of places that the copies have to be ordered after.
+  std::vector<Use> uses_to_await(PageIndex first, std::size_t count);
   void forget_shared();
   const Event& replay_end();
   void require_idle(const char* what) const;
-  void demand(PageIndex page);
+  /// Loads pages[start], and those after it that one copy can bring as well.
+  void demand(const std::vector<PageIndex>& pages, std::size_t start);
+  /// Sees to it that the page is mapped onto a place that nobody reads.
+  void place(PageIndex page);
+  bool has_room(PageIndex page) const {
+    return pages_[page].place != kNowhere && is_free(places_[pages_[page].place]);
+  }
+  /// Whether a page is mapped onto the place of one of those from `first` on before it.
+  bool shares_place(PageIndex page, PageIndex first) const;
   /// Orders `stream` after the page's load. @throws what the load threw, if that is known.
   void order_after_load(Page& page, StreamHandle stream);
   void unpin(const std::vector<PageIndex>& pages);
@@ -183,8 +204,7 @@ class FramesRegion : public Region {
   std::vector<Place> places_;
   bool arranged_ = false;
   bool verify_ = false;
-  bool capturing_ = false;
-  std::size_t captured_run_ = 1;  // pages of one copy, at most, while a pass is captured
+  std::optional<Capture> capture_;
   bool replayed_ = false;
   StreamHandle replay_stream_;  // of the last replay
   Event replay_;                // its end; null: not recorded yet

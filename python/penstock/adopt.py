@@ -32,7 +32,7 @@ class Origin:
     buffers: list[tuple[nn.Module, str, torch.device]]
 
 
-def survey(module: nn.Module) -> tuple[list[Placement], int, Origin]:
+def survey(module: nn.Module, page_size: int) -> tuple[list[Placement], int, Origin]:
     """Place the tensors of a loaded module, and note where they are.
 
     Raises
@@ -52,7 +52,7 @@ def survey(module: nn.Module) -> tuple[list[Placement], int, Origin]:
         if tensor.grad is not None:
             raise ModelError(f"{slot.names[0]!r} has a gradient: call model.zero_grad() first")
         sources[index] = Source(slot.names[0], tensor.dtype, tuple(tensor.shape), _NOWHERE)
-    placements, nbytes = lay_out(slots, sources, None)
+    placements, nbytes = lay_out(slots, sources, None, page_size=page_size)
     placed = {id(slot.current) for slot in slots}
     origin = Origin(
         [placement.slot.current.device for placement in placements],

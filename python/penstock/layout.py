@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ ALIGNMENT = 512
 """Bytes. What torch's CUDA allocator gives, and more than any CPU kernel asks for: libraries choose
 their order of summation by alignment, so equal bits need equal alignment."""
 
+_SMALL = 64  # of such a tensor's size, or more, are in a page
 _SYSTEM_PAGE = 4096  # the smallest that a system makes resident
 _CONVERTIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,9 +65,12 @@ class Placement:
 
 
 def lay_out(
-    slots: list[Slot], pairs: dict[int, Source], dtype: torch.dtype | None
+    slots: list[Slot], pairs: dict[int, Source], dtype: torch.dtype | None, *, page_size: int
 ) -> tuple[list[Placement], int]:
     """Place tensors one behind the other, in the order of the module, which is mostly that of use.
+
+    Small ones (norms, biases) come first where a page holds all of them: it is read in every other
+    step, so it stays, and they take nobody else's page along.
 
     Parameters
     ----------
@@ -75,6 +79,8 @@ def lay_out(
     dtype
         What 16, 32 and 64 bit floating-point tensors become; None leaves them as the weights have
         them. Others (integers, 8 bit formats) are never converted.
+    page_size
+        Of the region, in bytes.
 
     Returns
     -------
@@ -82,13 +88,21 @@ def lay_out(
         The placements, and the bytes of the region: whole system pages.
     """
     placements = []
-    end = 0
     for index, source in pairs.items():
         target = dtype if dtype is not None and source.dtype in _CONVERTIBLE else source.dtype
-        placement = Placement(slots[index], source, target, end, _stride(slots[index].current))
-        placements.append(placement)
-        end += -(-placement.nbytes // ALIGNMENT) * ALIGNMENT
+        placements.append(Placement(slots[index], source, target, 0, _stride(slots[index].current)))
+    small = [each for each in placements if each.nbytes * _SMALL <= page_size]
+    if sum(map(_room, small)) <= page_size:
+        placements.sort(key=lambda each: each.nbytes * _SMALL > page_size)
+    end = 0
+    for at, placement in enumerate(placements):
+        placements[at] = replace(placement, offset=end)
+        end += _room(placement)
     return placements, -(-end // _SYSTEM_PAGE) * _SYSTEM_PAGE
+
+
+def _room(placement: Placement) -> int:
+    return -(-placement.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _stride(tensor: torch.Tensor) -> tuple[int, ...] | None:

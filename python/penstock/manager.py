@@ -174,7 +174,7 @@ class MemoryManager:
             module = build_skeleton(module_or_builder)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
-            placements, nbytes = lay_out(slots, pairs, dtype)
+            placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
             _announce_conversion(name, placements)
             memory = self._memory(name, placements, nbytes, writable) if nbytes else None
             try:
@@ -245,7 +245,7 @@ class MemoryManager:
                     f"host tier {self._host!r} reads from files, which a loaded module has not: "
                     'use host="pinned", or register the module with its checkpoint'
                 )
-            placements, nbytes, origin = survey(module)
+            placements, nbytes, origin = survey(module, self.pager.page_size)
             write, memory = self._empty_memory(nbytes)
             moved: list[Placement] = []
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "error/error.hpp"
 #include "support/frames_setup.hpp"
@@ -311,6 +312,39 @@ TEST(FramesCapture, PagesThatACaptureLoadsAreNotInPlaceAfterIt) {
   EXPECT_EQ(setup.loads(), 2U + 5U);
   EXPECT_TRUE(reads_right(setup, {0, 1}));
   EXPECT_EQ(setup.loads(), 2U + 5U + 1U);
+}
+
+TEST(FramesCapture, HasNoEdgesThatFollowFromOthers) {
+  FramesSetup setup(4, 8);
+  const OwnedStream stream(setup.spy);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(8, 0, 4));
+  region.prepare_capture();
+  region.begin_capture(stream.get());
+  auto waits = [&, before = setup.device->calls()["event_wait"]]() mutable {
+    const auto now = setup.device->calls()["event_wait"];
+    return now - std::exchange(before, now);
+  };
+  const auto use = [&](const std::vector<PageIndex>& pages) {
+    region.begin(pages, stream.get());
+    region.end(pages, stream.get());
+  };
+  EXPECT_EQ(region.load_ahead({0, 1, 2, 3}), 4U);
+  use({3});  // after its load, and so after those before
+  EXPECT_EQ(waits(), 1U);
+  use({0});
+  use({1, 2});
+  EXPECT_EQ(waits(), 0U);
+  region.begin({6}, stream.get());  // its load after {1, 2}, and so after {0} and {3}
+  EXPECT_EQ(waits(), 2U);
+  region.end({6}, stream.get());
+  use({7});
+  EXPECT_EQ(waits(), 1U);
+  use({4});
+  use({2});  // after 6 in its place
+  EXPECT_EQ(waits(), 3U);
+  region.end_capture(stream.get());
+  setup.spy->stream_synchronize(stream.get());
 }
 
 TEST(FramesCapture, LateFailureBeforeACaptureIsNotForgotten) {

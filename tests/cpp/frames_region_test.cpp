@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "error/error.hpp"
@@ -459,6 +460,39 @@ TEST(FramesAhead, NeverWaits) {
   EXPECT_EQ(setup.tier->fetches(), (Pages{0}));
   gate.open();
   ahead.join();
+}
+
+// ---- pages that lie together -------------------------------------------------------------------
+
+TEST(FramesTogether, PagesOfOneStepAreOneCopy) {
+  FramesSetup setup(6, 12, 100);
+  setup.tier->together = true;
+  setup.region->arrange(arranged(12, 2, 4));
+  setup.region->set_schedule({{0, 1, 2}, {3, 4}, {5, 6, 7}, {8, 9, 10, 11}});
+  auto copies = [&, before = setup.device->calls()["copy"]]() mutable {
+    const auto now = setup.device->calls()["copy"];
+    return now - std::exchange(before, now);
+  };
+  EXPECT_EQ(setup.region->load_ahead({0, 1, 2, 3, 4, 5, 6, 7}), 6U);  // 6 comes where 2 is needed
+  EXPECT_EQ(copies(), 3U);
+  for (const Pages& step : {Pages{0, 1, 2}, Pages{3, 4}, Pages{5, 6, 7}, Pages{8, 9, 10, 11}}) {
+    EXPECT_TRUE(reads_right(setup, step));
+  }
+  EXPECT_EQ(copies(), 2U);  // {6, 7}, demanded, and the last step
+  EXPECT_EQ(setup.loads(), 12U);
+}
+
+TEST(FramesTogether, CopyEndsWhereAPageIsInUseOrHasAnotherPlaceToCome) {
+  FramesSetup setup(6, 12);
+  setup.tier->together = true;
+  setup.region->arrange(arranged(12, 0, 4));
+  setup.region->begin({5}, kCaller);
+  EXPECT_TRUE(reads_right(setup, {8, 10, 11}));
+  EXPECT_EQ(setup.device->calls()["copy"], 3U);  // 9 was not asked for
+  EXPECT_TRUE(reads_right(setup, {0, 1, 2}));    // 1 has to go elsewhere, away from 5
+  EXPECT_TRUE(right_now(*setup.region, setup.bytes, 5));
+  setup.region->end({5}, kCaller);
+  EXPECT_TRUE(reads_right(setup, {6, 7, 8, 9}));
 }
 
 // ---- writing back, verifying -------------------------------------------------------------------

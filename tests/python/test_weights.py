@@ -263,11 +263,12 @@ def test_what_has_no_bytes_is_refused_with_its_name(value: object) -> None:
 # ---- layout and conversion ---------------------------------------------------------------------
 
 
-def test_tensors_are_aligned_and_do_not_overlap() -> None:
+@pytest.mark.parametrize("page_size", [512, 1 << 14, 1 << 20])  # small ones: none, some, all
+def test_tensors_are_aligned_and_do_not_overlap(page_size: int) -> None:
     module = build(lambda: nn.Sequential(*(nn.Linear(n, 3) for n in range(1, 60))))
     slots = find_slots(module)
     pairs = match(module, slots, open_weights(module.state_dict()), strict=True)
-    placements, nbytes = lay_out(slots, pairs, None)
+    placements, nbytes = lay_out(slots, pairs, None, page_size=page_size)
     end = 0
     for placement in sorted(placements, key=lambda p: p.offset):
         assert placement.offset % ALIGNMENT == 0
@@ -275,6 +276,16 @@ def test_tensors_are_aligned_and_do_not_overlap() -> None:
         end = placement.offset + placement.nbytes
     assert len(placements) == len(module.state_dict())
     assert nbytes >= end
+
+
+def test_small_tensors_share_a_page_if_it_holds_all_of_them() -> None:
+    module = build(lambda: nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))))
+    slots = find_slots(module)
+    pairs = match(module, slots, open_weights(module.state_dict()), strict=True)
+    wide, _ = lay_out(slots, pairs, None, page_size=16 << 10)
+    assert all(each.offset < 8 * 512 for each in wide if each.slot.names[0].endswith("bias"))
+    narrow, _ = lay_out(slots, pairs, None, page_size=2 << 10)  # of which a bias is an eighth
+    assert [each.slot.names[0] for each in narrow] == list(module.state_dict())
 
 
 def test_tensors_are_aligned_as_torch_aligns_them() -> None:

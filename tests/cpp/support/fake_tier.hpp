@@ -30,6 +30,7 @@ class FakeTier : public HostTier {
   std::function<void(PageIndex)> on_fetch;   ///< Before each fetch; may wait, or throw.
   std::function<bool(PageIndex)> ask_ready;  ///< Whether a page is ready; all are without it.
   bool writable = true;                      ///< Whether it gives its address.
+  bool together = false;                     ///< Whether its pages lie together, as in a slab.
 
   const Bytes& bytes() const { return bytes_; }
   /// Fetches so far, in order.
@@ -56,10 +57,13 @@ class FakeTier : public HostTier {
   std::size_t total_bytes() const noexcept override { return bytes_.size(); }
   std::size_t done_bytes() const noexcept override { return bytes_.size(); }
   void expect(std::vector<PageIndex> /*order*/) override {}
+  std::size_t pages_together(PageIndex first) const override {
+    return together ? (nbytes() + page_size() - 1) / page_size() - first : 1;
+  }
   bool ready(PageIndex page) override { return !ask_ready || ask_ready(page); }
 
   const std::vector<Piece>& fetch(PageIndex page) override {
-    EXPECT_FALSE(busy_.exchange(true)) << "two callers at once";
+    EXPECT_FALSE(busy_.exchange(true) && !together) << "two callers at once";
     try {
       if (on_fetch) on_fetch(page);
     } catch (...) {
@@ -72,7 +76,7 @@ class FakeTier : public HostTier {
     // Two pieces of odd sizes, as at the border of two files.
     const std::size_t start = page * page_size();
     const std::size_t nbytes = std::min(page_size(), bytes_.size() - start);
-    const std::size_t first = std::min(nbytes, std::size_t{1001});
+    const std::size_t first = together ? nbytes : std::min(nbytes, std::size_t{1001});
     const auto* source = reinterpret_cast<const std::byte*>(bytes_.data() + start);
     auto& pieces = fetched_[page];
     pieces.push_back({source, 0, first});
