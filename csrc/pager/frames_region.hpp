@@ -77,8 +77,7 @@ class FramesRegion : public Region {
 
   /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
   /// @throws CapExceededError where the cap does not allow so many frames, ScheduleError where
-  /// pages
-  ///         are in use; nothing has changed then.
+  ///         pages are in use; nothing has changed then.
   void arrange(const Arrangement& arrangement);
   std::size_t frame_count() const;
 
