@@ -1,7 +1,7 @@
 import enum
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, type_check_only
+from typing import Any, ClassVar, type_check_only
 
 import numpy as np
 from typing_extensions import Buffer, CapsuleType
@@ -316,6 +316,7 @@ class ManagedRegion(Region, FillTarget):
     def resident_bytes(self) -> int | None: ...
 
 class ManagedPager(metaclass=_BoundType):
+    largest_batch: ClassVar[int]
     def __init__(self, device: Device, budget: Budget, page_size: int) -> None: ...
     def reserve(self, nbytes: int, access: Access) -> ManagedRegion: ...
     def begin(self, region: ManagedRegion, pages: Sequence[int], stream: int = 0) -> None: ...
