@@ -135,7 +135,6 @@ std::size_t FramesRegion::evict(const std::vector<PageIndex>& pages) {
     if (page.pins > 0 || page.place == kNowhere) continue;
     quiesce(index);
     unmap(index);
-    notify_evict(index, 1);
   }
   if (std::all_of(pages_.begin(), pages_.end(),
                   [](const Page& page) { return page.place == kNowhere; })) {

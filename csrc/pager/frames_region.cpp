@@ -8,6 +8,7 @@
 
 #include "device/ranges.hpp"
 #include "error/error.hpp"
+#include "pager/page_runs.hpp"
 
 namespace penstock {
 
@@ -235,12 +236,17 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
   const auto end = static_cast<PageIndex>(first + count);
   const ScopedRange range(demanded ? "demanded load" : "load");
   std::vector<Piece> pieces;
+  std::vector<PageIndex> overwritten;
   Event start;
   Event ready;
   PageIndex fetched = first;
   try {
     for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
-    for (PageIndex page = first; page < end; ++page) places_[pages_[page].place].owner = kNobody;
+    for (PageIndex page = first; page < end; ++page) {
+      PageIndex& owner = places_[pages_[page].place].owner;
+      if (trace_ && owner != kNobody) overwritten.push_back(owner);
+      owner = kNobody;
+    }
     order_after_readers(first, count);
     if (trace_ && !capturing_) start = events_.record(copies_.get());
     copy_in(first, pieces);
@@ -263,6 +269,9 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
   stats_.loaded_bytes += count * page_size_;
   if (demanded) stats_.demand_loads += count;
   notify_load(first, count, count * page_size_, start, ready, demanded);
+  if (!start) return;
+  for_each_run(overwritten,
+               [&](PageIndex page, std::size_t pages) { notify_evict(page, pages, start, start); });
 }
 
 void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first) {

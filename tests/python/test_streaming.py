@@ -173,8 +173,11 @@ def test_timeline_is_a_chrome_trace(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     rows = {event["cat"] for event in spans}
-    assert {"passes", "steps", "loads"} <= rows
-    assert rows <= {"passes", "steps", "stalls", "loads", "evictions"}
+    assert {"passes", "steps", "loads"} <= rows <= {"passes", "steps", "stalls", "loads"}
+    overwritten = [event for event in events if event["ph"] == "i"]
+    assert {event["cat"] for event in overwritten} == {"evictions"}
+    loads = {event["ts"] for event in spans if event["cat"] == "loads"}
+    assert {event["ts"] for event in overwritten} <= loads
     assert all(event["dur"] >= 0 for event in spans)
     steps = [event["name"] for event in spans if event["cat"] == "steps"]
     assert set(steps) >= {str(i) for i in range(LAYERS)}
