@@ -51,6 +51,7 @@ void FramesRegion::quiesce(PageIndex index) {
   page.ready.reset();
   for (const auto& reader : page.readers) wait_quietly(reader.second);
   if (replayed_) wait_quietly(replay_end());
+  if (copy_back(index)) device_->stream_synchronize(copies_.get());
 }
 
 void FramesRegion::settle_copies() noexcept {

@@ -53,6 +53,7 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
 
 FramesRegion::~FramesRegion() {
   const std::lock_guard lock(mutex_);
+  writable_ = false;  // nobody can read it any more
   settle_copies();
   for (PageIndex page = 0; page < pages_.size(); ++page) {
     if (pages_[page].place == kNowhere) continue;
@@ -242,12 +243,14 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
   PageIndex fetched = first;
   try {
     for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
+    order_after_readers(first, count);
     for (PageIndex page = first; page < end; ++page) {
       PageIndex& owner = places_[pages_[page].place].owner;
-      if (trace_ && owner != kNobody) overwritten.push_back(owner);
+      if (owner == kNobody) continue;
+      copy_back(owner);
+      overwritten.push_back(owner);
       owner = kNobody;
     }
-    order_after_readers(first, count);
     if (trace_ && !capturing_) start = events_.record(copies_.get());
     copy_in(first, pieces);
     ready = events_.record(copies_.get());
@@ -332,8 +335,9 @@ void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces)
 void FramesRegion::poison(Place& place) {
   if (place.owner == kNobody) return;
   const PageIndex owner = place.owner;
-  place.owner = kNobody;
   order_after_readers(owner, 1);
+  copy_back(owner);
+  place.owner = kNobody;
   device_->fill(address_of(owner), kPoison, page_size_, copies_.get());
   try {
     pages_[owner].ready = events_.record(copies_.get());
@@ -365,18 +369,39 @@ void FramesRegion::demand(PageIndex index) {
 void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
   const std::vector<PageIndex> touched = pages_of(offset, nbytes);
   const std::lock_guard lock(mutex_);
-  std::byte* target = tier_->address();
-  if (target == nullptr) {
-    throw DeviceError("write_back", 0,
-                      "weights were written to, but host tier \"" + tier_->kind() +
-                          "\" cannot keep that: use host=\"pinned\"");
-  }
+  std::byte* target = writable_tier();
   for (const PageIndex page : touched) {
     if (pages_[page].pins > 0 && in_place(pages_[page], page)) continue;
     throw ScheduleError("write_back: page " + std::to_string(page) + " is not in use");
   }
   device_->copy(target + offset, address_ + offset, nbytes, stream);
   stats_.written_back_bytes += nbytes;
+}
+
+std::byte* FramesRegion::writable_tier() const {
+  std::byte* address = tier_->address();
+  if (address == nullptr) {
+    throw DeviceError("write_back", 0,
+                      "weights were written to, but host tier \"" + tier_->kind() +
+                          "\" cannot keep that: use host=\"pinned\"");
+  }
+  return address;
+}
+
+bool FramesRegion::copy_back(PageIndex page) {
+  if (!writable_ || !pages_[page].used || !in_place(pages_[page], page)) return false;
+  if (pages_[page].ready && !wait_quietly(pages_[page].ready)) return false;  // never loaded
+  const std::size_t start = std::size_t{page} * page_size_;
+  const std::size_t nbytes = std::min(page_size_, nbytes_ - start);
+  device_->copy(writable_tier() + start, address_of(page), nbytes, copies_.get());
+  stats_.written_back_bytes += nbytes;
+  return true;
+}
+
+void FramesRegion::set_writable(bool writable) {
+  const std::lock_guard lock(mutex_);
+  if (writable) static_cast<void>(writable_tier());
+  writable_ = writable;
 }
 
 void FramesRegion::set_verify(bool verify) {

@@ -16,7 +16,8 @@
 // where pages in use collide on one place, pages are given places as they are demanded. Device
 // memory held is the places, and nothing else.
 //
-// Bytes come from a host tier, and dirty ones go back to it (`write_back`). Thread-safe; the host
+// Bytes come from a host tier, and dirty ones go back to it: by `write_back` where somebody knows
+// which they are, or with every page that leaves its place (`set_writable`). Thread-safe; the host
 // waits for the device only in `arrange`, `evict`, and demands that need another mapping, and for
 // the tier where its bytes are still being read.
 #pragma once
@@ -85,6 +86,10 @@ class FramesRegion : public Region {
   /// `begin` and `end`. @throws DeviceError where the tier cannot be written.
   void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
 
+  /// Whether pages that were in use are copied back to the tier before they leave their place: then
+  /// whatever was written to them stays. @throws DeviceError where the tier cannot be written.
+  void set_writable(bool writable);
+
   /// Whether every load is compared with its source, and pages are overwritten once they were used.
   void set_verify(bool verify);
 
@@ -150,6 +155,11 @@ class FramesRegion : public Region {
   void copy_in(PageIndex page, const std::vector<Piece>& pieces);
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
+  /// First byte of the tier. @throws DeviceError where it cannot be written.
+  std::byte* writable_tier() const;
+  /// Has a page that may have been written to copied back, where that is wanted, behind its readers
+  /// as the stream of copies knows them. @return whether it is.
+  bool copy_back(PageIndex page);
   void order_after_readers(PageIndex first, std::size_t count);
   void forget_shared();
   const Event& replay_end();
@@ -165,7 +175,7 @@ class FramesRegion : public Region {
   CapExceededError refusal(std::size_t frames) const;
   /// @return whether the work before the event succeeded.
   bool wait_quietly(const Event& event);
-  /// Waits until nothing on the device can use the page's mapping.
+  /// Waits until nothing on the device can use the page's mapping, and what was written is kept.
   void quiesce(PageIndex page);
   void map(PageIndex page, PlaceIndex place);
   void unmap(PageIndex page);
@@ -182,6 +192,7 @@ class FramesRegion : public Region {
   std::vector<Place> places_;
   bool arranged_ = false;
   bool verify_ = false;
+  bool writable_ = false;
   bool capturing_ = false;
   std::size_t captured_run_ = 1;  // pages of one copy, at most, while a pass is captured
   bool replayed_ = false;

@@ -14,7 +14,7 @@ from penstock.layout import Placement
 from penstock.pager import Pager
 from penstock.sizes import format_bytes
 
-__all__ = ["HOST_TIERS", "empty_tier", "open_tier"]
+__all__ = ["HOST_TIERS", "open_tier"]
 
 HOST_TIERS = ("auto", "pinned", "mapped", "stream")
 
@@ -71,11 +71,6 @@ def open_tier(
             _log.warning("host tier mapped cannot be used, so the weights are pinned: %s", error)
             kind = "pinned"
     return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
-
-
-def empty_tier(pager: Pager, nbytes: int) -> _core.HostTier:
-    """Make a pinned tier that is to be written to; see `ModelMemory.finish_filling`."""
-    return _core.PinnedTier(pager.core_device, nbytes, pager.page_size, [], [], 1)
 
 
 def _make(

@@ -21,7 +21,7 @@ from penstock.binding import Binding
 from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
-from penstock.host import HOST_TIERS, empty_tier, open_tier
+from penstock.host import HOST_TIERS, open_tier
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
@@ -274,7 +274,7 @@ class MemoryManager:
             region = self._pager.reserve(nbytes, writable=False)
             managed = ManagedMemory(self._pager, region)
             return managed.region_core.write, managed
-        tier = empty_tier(self._pager, nbytes)
+        tier = self._pager.empty_tier(nbytes)
         frames = FramesMemory(self._pager, tier)
         frames.region_core.set_verify(self._verify)
         return tier.write, frames
