@@ -21,7 +21,7 @@ from penstock.binding import Binding
 from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
-from penstock.host import HOST_TIERS, open_tier
+from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
@@ -72,7 +72,8 @@ class MemoryManager:
         page cache, from where they are copied directly; `"stream"` on disk, behind a ring of
         buffers; `"auto"`: pinned if `host_budget` allows it, else stream.
     host_budget
-        Bytes of host memory that one model may take, or a text; None for what is free.
+        Bytes of host memory that one model may take, or a text; None for what is free. A tier that
+        needs more is refused.
     page_size
         Bytes of a page; see `Pager`.
     trace
@@ -165,6 +166,8 @@ class MemoryManager:
             If the name is taken, or the module is no skeleton.
         CheckpointError
             If the weights cannot be read, or do not fit the module.
+        CapExceededError
+            If the host tier needs more than `host_budget`.
         DeviceError
             If there is no room for the region.
         """
@@ -234,6 +237,8 @@ class MemoryManager:
         ------
         ModelError
             If the name is taken, or weights cannot move (on meta, sparse, quantized).
+        CapExceededError
+            If the weights are more than `host_budget`.
         DeviceError
             If there is no room for the region.
         """
@@ -274,6 +279,8 @@ class MemoryManager:
             region = self._pager.reserve(nbytes, writable=False)
             managed = ManagedMemory(self._pager, region)
             return managed.region_core.write, managed
+        remedy = "register the model with its checkpoint, which can be streamed"
+        require_budget(nbytes, self._host_budget, "a loaded module, pinned,", remedy)
         tier = self._pager.empty_tier(nbytes)
         frames = FramesMemory(self._pager, tier)
         frames.region_core.set_verify(self._verify)
