@@ -59,8 +59,9 @@ class MemoryManager:
     Parameters
     ----------
     cap
-        Bytes of weights that may be resident at once, for all models together, or a text such as
-        `"8GiB"`. Activations and buffers are not counted yet.
+        Bytes of device memory for the weights of all models together, or a text such as `"8GiB"`:
+        pages that are resident, and with frames the tables by which the driver addresses pinned
+        host memory (a 512th of it). Activations and other buffers are not counted yet.
     device
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
@@ -158,7 +159,9 @@ class MemoryManager:
         strict
             Whether names that the module lacks, and buffers that the weights lack, are an error.
         writable
-            Whether the weights will be written to. Evicting then moves them.
+            Whether the weights will be written to, with managed memory: evicting then moves them.
+            Without a meaning for frames, where each write is found and copied back, if the host
+            tier is pinned; others refuse it.
 
         Raises
         ------
