@@ -201,9 +201,18 @@ class Runner:
         """Load from the beginning of the order on, as far as there is room."""
         self._streamer.prefetch()
 
-    def release_views(self) -> None:
-        """Let go of pages that were kept for views which are gone."""
-        self._guard.release_kept()
+    def evict(self) -> None:
+        """Give up all that is in place and not in use; the next call loads it again.
+
+        Raises
+        ------
+        ScheduleError
+            If a call is under way, and the model runs freely.
+        """
+        with self.resting():
+            self.attach()
+            self._guard.release_kept()
+            self.memory.evict()
 
     def unwind(self) -> None:
         """End calls that an interrupt left open."""

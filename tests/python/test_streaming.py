@@ -67,8 +67,9 @@ class Rig:
 
     @property
     def plan(self) -> _core.Plan:
-        memory = self.manager._models["m"].memory
-        assert memory is not None
+        runner = self.manager._models["m"].runner
+        assert runner is not None
+        memory = runner.memory
         assert memory.plan is not None
         return memory.plan
 
