@@ -77,9 +77,9 @@ def run_model(check: Check, directory: Path, config: Any, cap: int, pager: str) 
     check.figure("register_GB_per_s", rate, f"{rate:.1f} ({format_bytes(size)} in {taken:.1f} s)")
     with manager.use("llama") as paged:
         bound = {name: p.data_ptr() for name, p in paged.named_parameters()}
-        memory = manager._models["llama"].memory
-        assert memory is not None
-        inside = all(memory.region.holds(p) for p in paged.parameters())
+        runner = manager._models["llama"].runner
+        assert runner is not None
+        inside = all(runner.memory.region.holds(p) for p in paged.parameters())
         check.claim("parameters_inside_region", inside)
         check.claim("logits_bit_identical", torch.equal(paged(ids).logits, wanted_logits))
         check.figure("capped_seconds_per_pass", seconds(lambda: paged(ids)))

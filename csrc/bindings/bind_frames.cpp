@@ -54,6 +54,8 @@ void bind_frames(py::module_& module) {
           },
           py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
           "Copy bytes that were written on the device back to the host tier.")
+      .def("set_writable", &FramesRegion::set_writable, py::arg("writable"),
+           "Copy pages that were in use back to the host tier before they leave their place.")
       .def("set_verify", &FramesRegion::set_verify, py::arg("verify"),
            "Compare every load with its source, and overwrite pages that were used.")
       .def("prepare_capture", &FramesRegion::prepare_capture, without_gil,

@@ -85,8 +85,10 @@ void bind_pager(py::module_& module) {
           },
           without_gil, "Count resident bytes as the system does; None where it cannot tell.");
 
-  py::class_<ManagedPager, std::shared_ptr<ManagedPager>>(
-      module, "ManagedPager", "Decides which pages are resident, under a budget. Thread-safe.")
+  py::class_<ManagedPager, std::shared_ptr<ManagedPager>> pager(
+      module, "ManagedPager", "Decides which pages are resident, under a budget. Thread-safe.");
+  pager.attr("largest_batch") = ManagedPager::kLargestBatch;
+  pager
       .def(py::init(&ManagedPager::create), py::arg("device"), py::arg("budget"),
            py::arg("page_size"))
       .def("reserve", &ManagedPager::reserve, py::arg("nbytes"), py::arg("access"), without_gil,

@@ -51,6 +51,7 @@ void FramesRegion::quiesce(PageIndex index) {
   page.ready.reset();
   for (const auto& reader : page.readers) wait_quietly(reader.event);
   if (replayed_) wait_quietly(replay_end());
+  if (copy_back(index)) device_->stream_synchronize(copies_.get());
 }
 
 void FramesRegion::settle_copies() noexcept {
@@ -135,7 +136,6 @@ std::size_t FramesRegion::evict(const std::vector<PageIndex>& pages) {
     if (page.pins > 0 || page.place == kNowhere) continue;
     quiesce(index);
     unmap(index);
-    notify_evict(index, 1);
   }
   if (std::all_of(pages_.begin(), pages_.end(),
                   [](const Page& page) { return page.place == kNowhere; })) {
@@ -224,6 +224,23 @@ void FramesRegion::arrange(const Arrangement& wanted) {
   }
   drop_empty_places();
   arranged_ = true;
+}
+
+void FramesRegion::place(PageIndex index) {
+  Page& page = pages_[index];
+  if (has_room(index)) return;
+  if (capture_) {
+    throw ScheduleError("page " + std::to_string(index) +
+                        " needs another frame, which a capture cannot give: run the same call a "
+                        "few times before capturing it");
+  }
+  const PlaceIndex target = find_place();
+  if (page.place != kNowhere) {
+    quiesce(index);
+    unmap(index);
+  }
+  map(index, target);
+  if (arranged_) ++stats_.remaps;
 }
 
 }  // namespace penstock

@@ -1,32 +1,13 @@
 #include "pager/frames_region.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
 #include <stdexcept>
 #include <string>
 
-#include "device/ranges.hpp"
 #include "error/error.hpp"
 
 namespace penstock {
-
-namespace {
-
-constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
-
-/// Remembers the last use on each stream.
-template <typename Use>
-void note(std::vector<Use>& uses, const Use& use) {
-  for (Use& known : uses) {
-    if (known.stream != use.stream) continue;
-    if (known.number < use.number) known = use;
-    return;
-  }
-  uses.push_back(use);
-}
-
-}  // namespace
 
 std::shared_ptr<FramesRegion> FramesRegion::create(std::shared_ptr<FramePool> pool,
                                                    std::shared_ptr<HostTier> tier) {
@@ -53,6 +34,7 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
 
 FramesRegion::~FramesRegion() {
   const std::lock_guard lock(mutex_);
+  writable_ = false;  // nobody can read it any more
   settle_copies();
   for (PageIndex page = 0; page < pages_.size(); ++page) {
     if (pages_[page].place == kNowhere) continue;
@@ -118,6 +100,15 @@ void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
   device_->event_wait(stream, page.ready->get());
 }
 
+void FramesRegion::note(Uses& uses, const Use& use) {
+  for (Use& known : uses) {
+    if (known.stream != use.stream) continue;
+    if (known.number < use.number) known = use;
+    return;
+  }
+  uses.push_back(use);
+}
+
 void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
   for (const PageIndex page : pages) --pages_[page].pins;
 }
@@ -171,7 +162,7 @@ bool FramesRegion::settled(const std::vector<PageIndex>& pages) const {
   });
 }
 
-// ---- loading -----------------------------------------------------------------------------------
+// ---- the schedule ------------------------------------------------------------------------------
 
 void FramesRegion::set_schedule(std::vector<std::vector<PageIndex>> steps) {
   const std::lock_guard lock(mutex_);
@@ -184,228 +175,44 @@ void FramesRegion::advance(StepIndex step) {
   now_ = schedule_.time_of(step, now_);
 }
 
-bool FramesRegion::may_load(PageIndex index) {
-  const Page& page = pages_[index];
-  if (page.place == kNowhere) return false;
-  const PageIndex owner = places_[page.place].owner;
-  if (owner != kNobody) {
-    if (pages_[owner].pins > 0) return false;
-    if (schedule_.next_use(owner, now_) <= schedule_.next_use(index, now_)) return false;
-  }
-  return tier_->ready(index);
-}
-
-std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
-  const std::lock_guard lock(mutex_);
-  check_pages(pages);
-  std::size_t there = 0;
-  while (there < pages.size()) {
-    const PageIndex first = pages[there];
-    if (in_place(pages_[first], first)) {
-      ++there;
-      continue;
-    }
-    if (!may_load(first)) break;
-    const std::size_t count = run_to_load(pages, there);
-    if (count == 0) break;
-    load(first, count, false);
-  }
-  return there;
-}
-
-bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
-  const auto begin = pages_.begin();
-  return std::any_of(begin + first, begin + page,
-                     [&](const Page& each) { return each.place == pages_[page].place; });
-}
-
-std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::size_t start) {
-  // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
-  // as few copies as its ring allows, since each costs its launch some microseconds.
-  const PageIndex first = pages[start];
-  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
-  const StepTime use = schedule_.next_use(first, now_);
-  std::size_t count = 1;
-  for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
-    const PageIndex next = pages[i];
-    if (next >= first && next < first + count) continue;  // steps that follow each other share it
-    if (next != first + count || in_place(pages_[next], next)) break;
-    if (!capture_ && schedule_.next_use(next, now_) != use) break;
-    if (shares_place(next, first)) break;
-    if (!may_load(next)) return capture_ ? 0 : count;  // soon there is room for more at once
-    ++count;
-  }
-  return count;
-}
-
-void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
-  const auto end = static_cast<PageIndex>(first + count);
-  const ScopedRange range(demanded ? "demanded load" : "load");
-  std::vector<Piece> pieces;
-  Event start;
-  Event ready;
-  PageIndex fetched = first;
-  try {
-    for (; fetched < end; ++fetched) add_pieces(pieces, fetched, first);
-    for (PageIndex page = first; page < end; ++page) places_[pages_[page].place].owner = kNobody;
-    order_after_readers(first, count);
-    if (trace_ && !capture_) start = events_.record(copies_.get());
-    copy_in(first, pieces);
-    ready = events_.record(copies_.get());
-  } catch (...) {
-    settle_copies();
-    for (PageIndex page = first; page < fetched; ++page) tier_->release(page, nullptr);
-    throw;
-  }
-  ++uses_;
-  for (PageIndex index = first; index < end; ++index) {
-    tier_->release(index, ready);
-    Page& page = pages_[index];
-    places_[page.place].owner = index;
-    page.ready = ready;
-    page.load = uses_;
-    page.last_use = uses_;
-    page.used = false;
-  }
-  stats_.loaded_bytes += count * page_size_;
-  if (demanded) stats_.demand_loads += count;
-  notify_load(first, count, count * page_size_, start, ready, demanded);
-}
-
-void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first) {
-  const std::size_t shift = std::size_t{page - first} * page_size_;
-  for (const Piece& piece : tier_->fetch(page)) {
-    const std::size_t offset = shift + piece.offset;
-    if (!pieces.empty() && page > first) {
-      Piece& last = pieces.back();
-      if (last.offset + last.nbytes == offset && last.source + last.nbytes == piece.source) {
-        last.nbytes += piece.nbytes;
-        continue;
-      }
-    }
-    pieces.push_back({piece.source, offset, piece.nbytes});
-  }
-}
-
-void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
-  if (!fenced_) device_->event_wait(copies_.get(), replay_end()->get());
-  fenced_ = true;
-  const std::vector<Use> uses = uses_to_await(first, count);
-  for (const Use& use : uses) device_->event_wait(copies_.get(), use.event->get());
-  // On the host a stream passes on what it waited for: a reader's failure, which is not the copy's.
-  // It goes with this record, which nobody asks.
-  if (waits_pass_errors_ && !uses.empty()) events_.record(copies_.get());
-}
-
-std::vector<FramesRegion::Use> FramesRegion::uses_to_await(PageIndex first, std::size_t count) {
-  std::vector<Use> uses;
-  for (std::size_t i = 0; i < count; ++i) {
-    Readers& readers = places_[pages_[first + i].place].readers;
-    for (const Use& use : readers) {
-      if (capture_) {
-        note(uses, use);  // later work of a stream is ordered after its earlier
-        continue;
-      }
-      // The places of one step have its event in common. Streams come and go: the later use of one
-      // may not be after the earlier use of another that had its handle.
-      const auto same = [&](const Use& known) { return known.event == use.event; };
-      if (std::none_of(uses.begin(), uses.end(), same)) uses.push_back(use);
-    }
-    readers.clear();
-  }
-  if (!capture_) return uses;
-  const auto known = [&](const Use& use) {
-    std::uint64_t& last = capture_->uses[use.stream];
-    if (use.number <= last) return true;
-    last = use.number;
-    return false;
-  };
-  uses.erase(std::remove_if(uses.begin(), uses.end(), known), uses.end());
-  return uses;
-}
-
-void FramesRegion::copy_in(PageIndex first, const std::vector<Piece>& pieces) {
-  std::byte* target = address_of(first);
-  if (verify_) device_->fill(target, kPoison, page_size_, copies_.get());
-  for (const Piece& piece : pieces) {
-    device_->copy(target + piece.offset, piece.source, piece.nbytes, copies_.get());
-  }
-  if (verify_) verify_load(first, pieces);
-}
-
-void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces) {
-  loaded_.resize(page_size_);
-  device_->copy(loaded_.data(), address_of(page), page_size_, copies_.get());
-  device_->stream_synchronize(copies_.get());
-  for (const Piece& piece : pieces) {
-    if (std::memcmp(loaded_.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
-    throw DeviceError(
-        "copy", 0,
-        "page " + std::to_string(page) + " differs from its source after it was loaded, within " +
-            std::to_string(piece.nbytes) + " bytes at " + std::to_string(piece.offset));
-  }
-}
-
-void FramesRegion::poison(Place& place) {
-  if (place.owner == kNobody) return;
-  const PageIndex owner = place.owner;
-  place.owner = kNobody;
-  order_after_readers(owner, 1);
-  device_->fill(address_of(owner), kPoison, page_size_, copies_.get());
-  try {
-    pages_[owner].ready = events_.record(copies_.get());
-  } catch (...) {
-    settle_copies();
-    throw;
-  }
-}
-
-void FramesRegion::demand(const std::vector<PageIndex>& pages, std::size_t start) {
-  const PageIndex first = pages[start];
-  place(first);
-  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
-  std::size_t count = 1;
-  for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
-    const PageIndex next = pages[i];
-    if (next != first + count || in_place(pages_[next], next)) break;
-    if (!has_room(next) || shares_place(next, first)) break;
-    ++count;
-  }
-  load(first, count, true);
-}
-
-void FramesRegion::place(PageIndex index) {
-  Page& page = pages_[index];
-  if (has_room(index)) return;
-  if (capture_) {
-    throw ScheduleError("page " + std::to_string(index) +
-                        " needs another frame, which a capture cannot give: run the same call a "
-                        "few times before capturing it");
-  }
-  const PlaceIndex target = find_place();
-  if (page.place != kNowhere) {
-    quiesce(index);
-    unmap(index);
-  }
-  map(index, target);
-  if (arranged_) ++stats_.remaps;
-}
+// ---- writing back ------------------------------------------------------------------------------
 
 void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
   const std::vector<PageIndex> touched = pages_of(offset, nbytes);
   const std::lock_guard lock(mutex_);
-  std::byte* target = tier_->address();
-  if (target == nullptr) {
-    throw DeviceError("write_back", 0,
-                      "weights were written to, but host tier \"" + tier_->kind() +
-                          "\" cannot keep that: use host=\"pinned\"");
-  }
+  std::byte* target = writable_tier();
   for (const PageIndex page : touched) {
     if (pages_[page].pins > 0 && in_place(pages_[page], page)) continue;
     throw ScheduleError("write_back: page " + std::to_string(page) + " is not in use");
   }
   device_->copy(target + offset, address_ + offset, nbytes, stream);
   stats_.written_back_bytes += nbytes;
+}
+
+std::byte* FramesRegion::writable_tier() const {
+  std::byte* address = tier_->address();
+  if (address == nullptr) {
+    throw DeviceError("write_back", 0,
+                      "weights were written to, but host tier \"" + tier_->kind() +
+                          "\" cannot keep that: use host=\"pinned\"");
+  }
+  return address;
+}
+
+bool FramesRegion::copy_back(PageIndex page) {
+  if (!writable_ || !pages_[page].used || !in_place(pages_[page], page)) return false;
+  if (pages_[page].ready && !wait_quietly(pages_[page].ready)) return false;  // never loaded
+  const std::size_t start = std::size_t{page} * page_size_;
+  const std::size_t nbytes = std::min(page_size_, nbytes_ - start);
+  device_->copy(writable_tier() + start, address_of(page), nbytes, copies_.get());
+  stats_.written_back_bytes += nbytes;
+  return true;
+}
+
+void FramesRegion::set_writable(bool writable) {
+  const std::lock_guard lock(mutex_);
+  if (writable) static_cast<void>(writable_tier());
+  writable_ = writable;
 }
 
 void FramesRegion::set_verify(bool verify) {

@@ -16,7 +16,8 @@
 // where pages in use collide on one place, pages are given places as they are demanded. Device
 // memory held is the places, and nothing else.
 //
-// Bytes come from a host tier, and dirty ones go back to it (`write_back`). Thread-safe; the host
+// Bytes come from a host tier, and dirty ones go back to it: by `write_back` where somebody knows
+// which they are, or with every page that leaves its place (`set_writable`). Thread-safe; the host
 // waits for the device only in `arrange`, `evict`, and demands that need another mapping, and for
 // the tier where its bytes are still being read.
 #pragma once
@@ -85,6 +86,10 @@ class FramesRegion : public Region {
   /// `begin` and `end`. @throws DeviceError where the tier cannot be written.
   void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
 
+  /// Whether pages that were in use are copied back to the tier before they leave their place: then
+  /// whatever was written to them stays. @throws DeviceError where the tier cannot be written.
+  void set_writable(bool writable);
+
   /// Whether every load is compared with its source, and pages are overwritten once they were used.
   void set_verify(bool verify);
 
@@ -117,13 +122,13 @@ class FramesRegion : public Region {
     Event event;
     std::uint64_t number;  // ascending in time
   };
-  using Readers = std::vector<Use>;  // the last use on each stream
+  using Uses = std::vector<Use>;
 
   struct Page {
     PlaceIndex place = kNowhere;
     std::uint32_t pins = 0;
     Event ready;                 // its load; null: known to be over
-    Readers readers;             // of its addresses
+    Uses readers;                // of its addresses
     std::uint64_t load = 0;      // number of the last
     std::uint64_t last_use = 0;  // or load
     bool used = false;           // since it was loaded
@@ -132,7 +137,7 @@ class FramesRegion : public Region {
     Frame frame;
     PageIndex owner = kNobody;
     std::vector<PageIndex> pages;  // all that are mapped onto it
-    Readers readers;               // of its memory, since the last copy into it
+    Uses readers;                  // of its memory, since the last copy into it
   };
 
   /// While a pass is captured. What a stream of the graph is ordered after already, by number: what
@@ -162,9 +167,16 @@ class FramesRegion : public Region {
   void copy_in(PageIndex page, const std::vector<Piece>& pieces);
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
+  /// First byte of the tier. @throws DeviceError where it cannot be written.
+  std::byte* writable_tier() const;
+  /// Has a page that may have been written to copied back, where that is wanted, behind its readers
+  /// as the stream of copies knows them. @return whether it is.
+  bool copy_back(PageIndex page);
   void order_after_readers(PageIndex first, std::size_t count);
   /// The uses of places that the copies have to be ordered after.
-  std::vector<Use> uses_to_await(PageIndex first, std::size_t count);
+  Uses uses_to_await(PageIndex first, std::size_t count);
+  /// Remembers the last use on each stream.
+  static void note(Uses& uses, const Use& use);
   void forget_shared();
   const Event& replay_end();
   void require_idle(const char* what) const;
@@ -187,7 +199,7 @@ class FramesRegion : public Region {
   CapExceededError refusal(std::size_t frames) const;
   /// @return whether the work before the event succeeded.
   bool wait_quietly(const Event& event);
-  /// Waits until nothing on the device can use the page's mapping.
+  /// Waits until nothing on the device can use the page's mapping, and what was written is kept.
   void quiesce(PageIndex page);
   void map(PageIndex page, PlaceIndex place);
   void unmap(PageIndex page);
@@ -204,6 +216,7 @@ class FramesRegion : public Region {
   std::vector<Place> places_;
   bool arranged_ = false;
   bool verify_ = false;
+  bool writable_ = false;
   std::optional<Capture> capture_;
   bool replayed_ = false;
   StreamHandle replay_stream_;  // of the last replay

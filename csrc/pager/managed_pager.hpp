@@ -69,6 +69,10 @@ struct AheadSizes {
 
 class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
  public:
+  /// Bytes that are loaded at once, at most. Unified memory moves 47 GB/s in ranges of this size,
+  /// 49 to 51 in such of whole GiB, which need as much room; 39 in such of 16 MiB, 19 by pages.
+  static constexpr std::size_t kLargestBatch = std::size_t{256} << 20;
+
   /// @param page_size  Bytes of a page; a power of two, at least 4096.
   static std::shared_ptr<ManagedPager> create(std::shared_ptr<Device> device,
                                               std::shared_ptr<Budget> budget,
@@ -181,6 +185,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   // On either.
   void issue_evict(ManagedRegion& region, const std::vector<PageIndex>& pages,
                    const OwnedStream& stream);
+  /// What the stream was given so far, to be waited for or measured.
+  Event record(const OwnedStream& stream);
   void wait_until_over(OwnedEvent& event);
   /// Waits for a stream in which something failed, and takes the error out of it.
   void settle(const OwnedStream& stream) noexcept;

@@ -77,6 +77,8 @@ std::size_t ManagedPager::drop(ManagedRegion& region, const std::vector<PageInde
 
 std::size_t ManagedPager::drop_marked(ManagedRegion& region, const std::vector<PageIndex>& pages,
                                       const std::vector<PageIndex>& strays) {
+  Event start;
+  Event end;
   try {
     std::vector<Event> work;
     {
@@ -90,7 +92,9 @@ std::size_t ManagedPager::drop_marked(ManagedRegion& region, const std::vector<P
     for (const auto& event : work) wait_until_over(*event);
     std::vector<PageIndex> all;
     std::merge(pages.begin(), pages.end(), strays.begin(), strays.end(), std::back_inserter(all));
+    if (region.trace_) start = record(evict_stream_);
     issue_evict(region, all, evict_stream_);
+    if (start) end = record(evict_stream_);
     device_->stream_synchronize(evict_stream_.get());
   } catch (...) {
     const std::exception_ptr cause = std::current_exception();
@@ -114,8 +118,11 @@ std::size_t ManagedPager::drop_marked(ManagedRegion& region, const std::vector<P
     region.strays_.clear();
     budget_->release(Tag::kWeights, nbytes);  // at once with the states: waiters look at both
     stats_.evicted_bytes += nbytes;
-    for_each_run(pages,
-                 [&](PageIndex first, std::size_t count) { region.notify_evict(first, count); });
+    if (start) {
+      for_each_run(pages, [&](PageIndex first, std::size_t count) {
+        region.notify_evict(first, count, start, end);
+      });
+    }
   }
   changed_->notify_all();
   return nbytes;
@@ -163,6 +170,12 @@ void ManagedPager::settle(const OwnedStream& stream) noexcept {
   } catch (const std::exception& error) {
     device_->suppress(error.what());
   }
+}
+
+Event ManagedPager::record(const OwnedStream& stream) {
+  const auto event = std::make_shared<OwnedEvent>(device_, Timing::kOn);
+  device_->event_record(event->get(), stream.get());
+  return event;
 }
 
 void ManagedPager::wait_until_over(OwnedEvent& event) {

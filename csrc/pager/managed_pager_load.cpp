@@ -125,18 +125,15 @@ void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex
     device_->managed_seal(region.address(), region.nbytes());
     region.sealed_ = true;
   }
-  const auto ready = std::make_shared<OwnedEvent>(device_, Timing::kOn);
   Event start;
+  Event ready;
   try {
-    if (region.trace_) {
-      start = std::make_shared<OwnedEvent>(device_, Timing::kOn);
-      device_->event_record(start->get(), load_stream_.get());
-    }
+    if (region.trace_) start = record(load_stream_);
     for_each_run(pages, [&](PageIndex first, std::size_t count) {
       device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
                                 load_stream_.get());
     });
-    device_->event_record(ready->get(), load_stream_.get());
+    ready = record(load_stream_);
   } catch (...) {
     // Some runs may be on their way: take them back before the charge is.
     const std::exception_ptr cause = std::current_exception();

@@ -13,7 +13,6 @@ namespace penstock {
 
 namespace {
 
-constexpr std::size_t kLargestBatch = std::size_t{256} << 20;  // larger ones move little faster
 constexpr std::size_t kBatchesInRoom = 4;
 
 // Whether the work of events is over, asking the device as little as can be: where an event of a

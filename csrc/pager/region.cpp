@@ -25,9 +25,10 @@ void Region::notify_load(PageIndex first, std::size_t count, std::size_t nbytes,
   if (observer_ != nullptr) observer_->on_load(first, count, nbytes, start, ready, demanded);
 }
 
-void Region::notify_evict(PageIndex first, std::size_t count) {
+void Region::notify_evict(PageIndex first, std::size_t count, const Event& start,
+                          const Event& end) {
   const std::lock_guard lock(observer_mutex_);
-  if (observer_ != nullptr) observer_->on_evict(first, count);
+  if (observer_ != nullptr) observer_->on_evict(first, count, start, end);
 }
 
 std::vector<PageIndex> Region::pages_of(std::size_t start, std::size_t nbytes) const {

@@ -37,7 +37,10 @@ class PageObserver {
   /// `start`, where loads are traced, before it.
   virtual void on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
                        const Event& ready, bool demanded) = 0;
-  virtual void on_evict(PageIndex first, std::size_t count) = 0;
+  /// Where that is traced: `count` pages from `first` on gave way to others between two events,
+  /// which are one where the others were just copied over them.
+  virtual void on_evict(PageIndex first, std::size_t count, const Event& start,
+                        const Event& end) = 0;
 };
 
 class Region {
@@ -79,11 +82,11 @@ class Region {
 
   virtual RegionStats stats() const = 0;
 
-  /// Who is told of loads and evictions, in place of the one before.
+  /// Who is told of loads, and of traced evictions, in place of the one before.
   void set_observer(PageObserver* observer);
   /// Tells `observer` nothing any more; on return no call of it is under way.
   void drop_observer(const PageObserver* observer);
-  /// Whether the beginning of loads is noted too.
+  /// Whether the beginning of loads is noted too, and what gives way to them.
   void set_trace(bool trace) noexcept { trace_ = trace; }
 
  protected:
@@ -91,7 +94,7 @@ class Region {
 
   void notify_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
                    const Event& ready, bool demanded);
-  void notify_evict(PageIndex first, std::size_t count);
+  void notify_evict(PageIndex first, std::size_t count, const Event& start, const Event& end);
 
   std::shared_ptr<Device> device_;
   std::size_t nbytes_;

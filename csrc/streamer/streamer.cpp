@@ -282,7 +282,10 @@ void Streamer::on_load(PageIndex first, std::size_t count, std::size_t nbytes, c
   }
 }
 
-void Streamer::on_evict(PageIndex /*first*/, std::size_t /*count*/) {}
+void Streamer::on_evict(PageIndex first, std::size_t count, const Event& start, const Event& end) {
+  const std::lock_guard lock(observed_mutex_);
+  timeline_.add_span(SpanKind::kEvict, first, static_cast<std::uint32_t>(count), start, end);
+}
 
 StreamerStats Streamer::stats() const {
   const std::lock_guard lock(mutex_);

@@ -109,7 +109,7 @@ class Streamer : private PageObserver {
 
   void on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
                const Event& ready, bool demanded) override;
-  void on_evict(PageIndex first, std::size_t count) override;
+  void on_evict(PageIndex first, std::size_t count, const Event& start, const Event& end) override;
 
   // With mutex_ held.
   void move_to(StepId id);

@@ -11,7 +11,6 @@ from penstock.errors import ModelError, ScheduleError
 from penstock.memory import FramesMemory
 
 if TYPE_CHECKING:
-    from penstock.memory import ModelMemory
     from penstock.runner import Runner
 
 __all__ = ["CapturedPass"]
@@ -37,10 +36,10 @@ class CapturedPass:
     def __init__(
         self,
         runner: Runner,
-        memory: ModelMemory,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
+        memory = runner.memory
         if memory.pager.device.type != "cuda":
             raise ModelError("a pass is captured on a CUDA device; this model runs on the host")
         if not isinstance(memory, FramesMemory):

@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_iter, tree_map
 
 from penstock.errors import ModelError
+from penstock.observe import storage_address
 from penstock.operations import CHANGES, EXPORTS, METADATA, VIEWS
 
 __all__ = ["Access", "Entry", "Guard", "is_guarded", "on_host"]
@@ -327,7 +328,7 @@ class Guard:
     def _wrap_one(self, value: Any) -> Any:  # noqa: ANN401
         if not isinstance(value, torch.Tensor) or isinstance(value, _Guarded):
             return value
-        entry = self._by_address.get(_storage_address(value))
+        entry = self._by_address.get(storage_address(value))
         if entry is None or (not entry.gone and value is entry.tensor):
             return value
         _set_class(value, _guarded_class(type(value)))
@@ -357,7 +358,7 @@ class Guard:
         return saved_tensors_hooks(pack_both, unpack_both)
 
     def _pack(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401
-        entry = self._by_address.get(_storage_address(tensor))
+        entry = self._by_address.get(storage_address(tensor))
         if entry is None:
             return tensor
         return _Saved(entry, tensor)
@@ -482,7 +483,7 @@ def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Entry]:
             # A view may be on the memory that its tensor has left.
             if (
                 not entry.gone
-                or _storage_address(cast(torch.Tensor, value)) == entry.storage.data_ptr()
+                or storage_address(cast(torch.Tensor, value)) == entry.storage.data_ptr()
             ):
                 found[id(entry)] = entry
     return list(found.values())
@@ -510,10 +511,3 @@ def _guarded_class(plain: type[torch.Tensor]) -> type[torch.Tensor]:
 
 def _set_class(tensor: torch.Tensor, to: type[torch.Tensor]) -> None:
     tensor.__class__ = to
-
-
-def _storage_address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory of its own
-        return 0

@@ -8,13 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from penstock import _core
-from penstock.errors import DeviceError
+from penstock.errors import CapExceededError, DeviceError
 from penstock.fill import Progress, direct_extents, wait, write_rest
 from penstock.layout import Placement
 from penstock.pager import Pager
 from penstock.sizes import format_bytes
 
-__all__ = ["HOST_TIERS", "empty_tier", "open_tier"]
+__all__ = ["HOST_TIERS", "open_tier", "require_budget"]
 
 HOST_TIERS = ("auto", "pinned", "mapped", "stream")
 
@@ -22,6 +22,7 @@ _log = logging.getLogger("penstock")
 
 _SPARE = 0.8  # of the memory that is free, for pinning without being told
 _RING = 2 << 30  # bytes of pinned buffers where no budget is given
+_LEAST_RING = 4  # pages: one is copied, one waits for that, two are read
 _MAP_LIMIT = timedelta(seconds=30)
 
 
@@ -40,7 +41,7 @@ def open_tier(
     ----------
     kind
         `"pinned"`, `"mapped"`, `"stream"`, or `"auto"`: pinned where the budget allows it, else
-        stream.
+        stream. Where mapping fails, it is as with auto.
     nbytes
         Size of the region.
     budget
@@ -50,11 +51,19 @@ def open_tier(
 
     Raises
     ------
+    CapExceededError
+        If the tier needs more than the budget.
     CheckpointError
         If a file cannot be read.
     DeviceError
         If the system refuses the memory.
     """
+    if kind == "mapped":
+        try:
+            return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
+        except DeviceError as error:
+            _log.warning("host tier mapped cannot be used, so another one is: %s", error)
+            kind = "auto"
     if kind == "auto":
         allowed = budget if budget is not None else int(available_host_bytes() * _SPARE)
         kind = "pinned" if nbytes <= allowed else "stream"
@@ -64,18 +73,31 @@ def open_tier(
             format_bytes(nbytes),
             format_bytes(allowed),
         )
-    if kind == "mapped":
-        try:
-            return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
-        except DeviceError as error:
-            _log.warning("host tier mapped cannot be used, so the weights are pinned: %s", error)
-            kind = "pinned"
     return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
 
 
-def empty_tier(pager: Pager, nbytes: int) -> _core.HostTier:
-    """Make a pinned tier that is to be written to; see `ModelMemory.finish_filling`."""
-    return _core.PinnedTier(pager.core_device, nbytes, pager.page_size, [], [], 1)
+def require_budget(needed: int, budget: int | None, what: str, remedy: str) -> None:
+    """Refuse what needs more host memory than a model may take.
+
+    Parameters
+    ----------
+    what, remedy
+        For the message: what needs it, and what to do beside raising the budget.
+
+    Raises
+    ------
+    CapExceededError
+        If it is more than the budget.
+    """
+    if budget is None or needed <= budget:
+        return
+    raise CapExceededError(
+        f"{what} takes {format_bytes(needed)} of host memory, and host_budget allows "
+        f"{format_bytes(budget)}: raise it to at least that, or {remedy}",
+        requested=needed,
+        cap=budget,
+        used=0,
+    )
 
 
 def _make(
@@ -85,12 +107,23 @@ def _make(
     device, page = pager.core_device, pager.page_size
     threads = min(16, os.cpu_count() or 1)
     if kind == "pinned":
+        require_budget(nbytes, budget, 'host="pinned"', 'use host="auto", or "stream"')
         return _core.PinnedTier(device, nbytes, page, paths, extents, threads)
+    in_memory = sum(each.nbytes for each in placements) - sum(extent[3] for extent in extents)
     if kind == "mapped":
+        what = 'what host="mapped" cannot leave in files (converted, or given as tensors)'
+        require_budget(in_memory, budget, what, "save the weights as they are to be")
         return _core.MappedTier(device, nbytes, page, paths, extents, _MAP_LIMIT)
     if kind == "stream":
-        ring = min(_RING if budget is None else budget, -(-nbytes // page) * page)
-        return _core.StreamTier(device, nbytes, page, paths, extents, max(ring, 4 * page), 8)
+        least = _LEAST_RING * page
+        what = (
+            f'host="stream", with a ring of {_LEAST_RING} pages at least and '
+            f"{format_bytes(in_memory)} that no file has (converted, or given as tensors),"
+        )
+        require_budget(least + in_memory, budget, what, "make pages smaller (page_size)")
+        most = _RING if budget is None else budget - in_memory
+        ring = max(least, min(most, -(-nbytes // page) * page))
+        return _core.StreamTier(device, nbytes, page, paths, extents, ring, 8)
     raise ValueError(f"host tier {kind!r} is not known; use one of {', '.join(HOST_TIERS)}")
 
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from penstock import _core
+
 __all__ = ["ManagedPlan", "plan_managed"]
 
-BATCH_BYTES = 256 << 20
-"""Unified memory moves 49 GB/s in ranges of this size, 39 in such of 16 MiB, 19 in single pages."""
+BATCH_BYTES = _core.ManagedPager.largest_batch
+"""What the pager loads at once; large ranges of unified memory move faster."""
 
 BATCHES = 4
 """In the ring: one is copied, one read, one evicted, and one is there for what does not fit."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from penstock.binding import Binding
 from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
-from penstock.host import HOST_TIERS, empty_tier, open_tier
+from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
 from penstock.progress import progress_bar
 from penstock.runner import Runner
+from penstock.sharing import Sharing
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
@@ -35,19 +35,15 @@ from penstock.weights import find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
 
-_PATIENCE = 60.0  # seconds to wait for a call in another thread to give frames back
-_POLL = 0.0005
-
 _log = logging.getLogger("penstock")
 
 
 @dataclass
 class _Model:
-    """One registered model. Memory and runner are None where it has no weights."""
+    """One registered model."""
 
     binding: Binding
-    memory: ModelMemory | None
-    runner: Runner | None
+    runner: Runner | None  # and with it, the memory; None where it has no weights
     acquired: int = 0
     last_use: int = 0
     origin: Origin | None = None  # where the tensors of an adopted model were
@@ -59,8 +55,9 @@ class MemoryManager:
     Parameters
     ----------
     cap
-        Bytes of weights that may be resident at once, for all models together, or a text such as
-        `"8GiB"`. Activations and buffers are not counted yet.
+        Bytes of device memory for the weights of all models together, or a text such as `"8GiB"`:
+        pages that are resident, and with frames the tables by which the driver addresses pinned
+        host memory (a 512th of it). Activations and other buffers are not counted yet.
     device
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
@@ -72,7 +69,8 @@ class MemoryManager:
         page cache, from where they are copied directly; `"stream"` on disk, behind a ring of
         buffers; `"auto"`: pinned if `host_budget` allows it, else stream.
     host_budget
-        Bytes of host memory that one model may take, or a text; None for what is free.
+        Bytes of host memory that one model may take, or a text; None for what is free. A tier that
+        needs more is refused.
     page_size
         Bytes of a page; see `Pager`.
     trace
@@ -115,6 +113,7 @@ class MemoryManager:
         self._trace = trace
         self._verify = verify
         self._progress = progress
+        self._sharing = Sharing(self._pager)
         self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
@@ -157,7 +156,9 @@ class MemoryManager:
         strict
             Whether names that the module lacks, and buffers that the weights lack, are an error.
         writable
-            Whether the weights will be written to. Evicting then moves them.
+            Whether the weights will be written to, with managed memory: evicting then moves them.
+            Without a meaning for frames, where each write is found and copied back, if the host
+            tier is pinned; others refuse it.
 
         Raises
         ------
@@ -165,26 +166,26 @@ class MemoryManager:
             If the name is taken, or the module is no skeleton.
         CheckpointError
             If the weights cannot be read, or do not fit the module.
+        CapExceededError
+            If the host tier needs more than `host_budget`.
         DeviceError
             If there is no room for the region.
         """
         with self._lock:
-            if name in self._models:
-                raise ModelError(f"model {name!r} is registered already; unregister it first")
+            self._require_new(name)
             module = build_skeleton(module_or_builder)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
             _announce_conversion(name, placements)
-            memory = self._memory(name, placements, nbytes, writable) if nbytes else None
-            try:
-                self._models[name] = self._bind(name, module, placements, memory)
-            except BaseException:
-                if memory is not None:
-                    memory.close()
-                raise
+            memory = self._filled_memory(name, placements, nbytes, writable) if nbytes else None
+            self._models[name] = self._bind(name, module, placements, memory)
 
-    def _memory(
+    def _require_new(self, name: str) -> None:
+        if name in self._models:
+            raise ModelError(f"model {name!r} is registered already; unregister it first")
+
+    def _filled_memory(
         self, name: str, placements: list[Placement], nbytes: int, writable: bool
     ) -> ModelMemory:
         with progress_bar(f"loading {name}", show=self._progress) as progress:
@@ -200,10 +201,12 @@ class MemoryManager:
                 budget=self._host_budget,
                 progress=progress,
             )
-            memory = FramesMemory(self._pager, tier)
-            memory.finish_filling()
-            memory.region_core.set_verify(self._verify)
-            return memory
+            return self._frames_memory(tier)
+
+    def _frames_memory(self, tier: _core.HostTier) -> FramesMemory:
+        memory = FramesMemory(self._pager, tier)
+        memory.region_core.set_verify(self._verify)
+        return memory
 
     def _bind(
         self,
@@ -211,12 +214,22 @@ class MemoryManager:
         module: nn.Module,
         placements: list[Placement],
         memory: ModelMemory | None,
+        *,
+        before: Callable[[Placement], None] | None = None,
     ) -> _Model:
-        with torch.inference_mode(False):  # its tensors keep no count of their changes
-            region = memory.region if memory else None
-            binding = Binding(module, placements, region, self.device)
-            runner = Runner(name, binding, memory, trace=self._trace) if memory else None
-        return _Model(binding, memory, runner)
+        """Put a module's tensors onto memory, which is closed where that fails."""
+        region = memory.region if memory else None
+        try:
+            with torch.inference_mode(False):  # its tensors keep no count of their changes
+                binding = Binding(module, placements, region, self.device, before=before)
+                if memory is None:
+                    return _Model(binding, None)
+                memory.finish_filling()
+                return _Model(binding, Runner(name, binding, memory, trace=self._trace))
+        except BaseException:
+            if memory is not None:
+                memory.close()
+            raise
 
     def adopt(self, name: str, module: nn.Module) -> None:
         """Take over a module that is loaded: its weights move onto pager memory, one by one.
@@ -234,12 +247,13 @@ class MemoryManager:
         ------
         ModelError
             If the name is taken, or weights cannot move (on meta, sparse, quantized).
+        CapExceededError
+            If the weights are more than `host_budget`.
         DeviceError
             If there is no room for the region.
         """
         with self._lock:
-            if name in self._models:
-                raise ModelError(f"model {name!r} is registered already; unregister it first")
+            self._require_new(name)
             if self._host not in ("auto", "pinned"):
                 raise ModelError(
                     f"host tier {self._host!r} reads from files, which a loaded module has not: "
@@ -254,18 +268,13 @@ class MemoryManager:
                 moved.append(placement)
 
             with torch.inference_mode(False), torch.no_grad():
-                region = memory.region if memory else None
                 try:
-                    binding = Binding(module, placements, region, self.device, before=move)
-                    if memory is not None:
-                        memory.finish_filling()
-                    runner = Runner(name, binding, memory, trace=self._trace) if memory else None
+                    model = self._bind(name, module, placements, memory, before=move)
                 except BaseException:
                     give_back(moved, memory, origin)
-                    if memory is not None:
-                        memory.close()
                     raise
-            self._models[name] = _Model(binding, memory, runner, origin=origin)
+            model.origin = origin
+            self._models[name] = model
 
     def _empty_memory(self, nbytes: int) -> tuple[Write, ModelMemory | None]:
         if nbytes == 0:
@@ -274,10 +283,10 @@ class MemoryManager:
             region = self._pager.reserve(nbytes, writable=False)
             managed = ManagedMemory(self._pager, region)
             return managed.region_core.write, managed
-        tier = empty_tier(self._pager, nbytes)
-        frames = FramesMemory(self._pager, tier)
-        frames.region_core.set_verify(self._verify)
-        return tier.write, frames
+        remedy = "register the model with its checkpoint, which can be streamed"
+        require_budget(nbytes, self._host_budget, "a loaded module, pinned,", remedy)
+        tier = self._pager.empty_tier(nbytes)
+        return tier.write, self._frames_memory(tier)
 
     def give_back(self, name: str) -> None:
         """Undo `adopt`: the weights return to ordinary memory, where they were before.
@@ -291,10 +300,10 @@ class MemoryManager:
             model = self._find(name)
             if model.origin is None:
                 raise ModelError(f"model {name!r} was registered, not adopted; unregister it")
-            binding, memory, origin = model.binding, model.memory, model.origin
+            memory = model.runner.memory if model.runner else None
             self._forget(name, readable=True)
             with torch.inference_mode(False), torch.no_grad():
-                give_back(binding.placements, memory, origin)
+                give_back(model.binding.placements, memory, model.origin)
 
     def unregister(self, name: str) -> None:
         """Forget a model. Its memory goes when the last tensor on it does.
@@ -313,10 +322,10 @@ class MemoryManager:
         model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
-        self._evict(model)
-        if model.runner is not None and model.memory is not None:
+        if model.runner is not None:
+            model.runner.evict()
             model.runner.detach(readable=readable)
-            model.memory.close()
+            model.runner.memory.close()
         del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:
@@ -333,9 +342,9 @@ class MemoryManager:
         with self._lock:
             model = self._find(name)
             model.binding.warn_if_moved()
-            if model.memory is not None and model.runner is not None:
-                self._share(model)
-                model.memory.set_active(True)
+            if model.runner is not None:
+                self._make_room(model.runner)
+                model.runner.memory.set_active(True)
                 model.runner.prefetch()
             model.acquired += 1
             self._note_use(model)
@@ -345,66 +354,21 @@ class MemoryManager:
         self._uses += 1
         model.last_use = self._uses
 
-    def _share(self, model: _Model) -> None:
-        """Make room for a model that is about to be used; give each model in use its share."""
-        assert model.memory is not None and model.runner is not None
-        others = [
-            each
-            for each in self._models.values()
-            if each is not model and each.memory is not None and each.runner is not None
-        ]
-        for other in sorted(others, key=lambda each: each.last_use):
-            assert other.runner is not None
-            with other.runner.resting() as resting:
-                if not resting:
-                    continue
-                if other.acquired:
-                    other.runner.attach()
-                    continue
-                if self._room(model) >= model.memory.page_count:
-                    break
-                self._evict(other)
-        if isinstance(model.memory, FramesMemory):
-            active = [model, *(each for each in others if each.acquired)]
-            held = sum(_frames_held(each) for each in active)
-            self._divide(active, held + self._pager.budget.available // self._pager.page_size)
+    def _runners(self) -> list[tuple[Runner, bool]]:
+        """List all models with weights, the least recently used first, and whether in use."""
+        models = sorted(self._models.values(), key=lambda each: each.last_use)
+        return [(each.runner, each.acquired > 0) for each in models if each.runner is not None]
 
-    def _divide(self, models: list[_Model], total: int) -> None:
-        """Divide frames among models: what each needs at least, and the rest by size."""
-        least = [each.runner.least_frames() if each.runner else 0 for each in models]
-        pages = [each.memory.page_count if each.memory else 0 for each in models]
-        spare = max(0, total - sum(least))
-        more = sum(pages) - sum(least)
-        for model, needs, size in zip(models, least, pages, strict=True):
-            if isinstance(model.memory, FramesMemory):
-                extra = (size - needs) if more <= spare else spare * (size - needs) // more
-                model.memory.frames = needs + extra
-        # Those that give frames away first; what is being called does when the call has ended.
-        for model in sorted(models, key=_frames_gained):
-            if model.runner is not None:
-                self._plan(model.runner, [each.runner for each in models if each is not model])
+    def _make_room(self, runner: Runner) -> None:
+        others = [(other, in_use) for other, in_use in self._runners() if other is not runner]
+        self._sharing.make_room(runner, others)
 
-    def _plan(self, runner: Runner, others: list[Runner | None]) -> None:
-        end = time.monotonic() + _PATIENCE
-        while True:
-            busy = any(each is not None and each.runs_elsewhere for each in others)
-            with runner.resting() as resting:
-                if not resting:
-                    runner.plan_later()
-                    return
-                try:
-                    runner.plan()
-                    return
-                except CapExceededError:
-                    if not busy or time.monotonic() > end:
-                        raise
-            time.sleep(_POLL)
-
-    def _room(self, model: _Model) -> int:
-        """Count the pages that a model could hold without taking any from others."""
-        assert model.memory is not None
-        held = model.memory.region.core.stats().resident_bytes
-        return (self._pager.budget.available + held) // self._pager.page_size
+    def _share_again(self) -> None:
+        """Give each model in use its share of what there is now."""
+        for runner, in_use in self._runners():
+            if in_use:
+                self._make_room(runner)
+                return
 
     def release(self, name: str, *, evict: bool = False) -> None:
         """Take one `acquire` back.
@@ -426,11 +390,11 @@ class MemoryManager:
                 raise ModelError(f"model {name!r} is not acquired")
             model.acquired -= 1
             self._note_use(model)
-            if model.acquired == 0 and model.memory is not None and model.runner is not None:
-                model.memory.set_active(False)
+            if model.acquired == 0 and model.runner is not None:
+                model.runner.memory.set_active(False)
                 model.runner.unwind()
                 if evict:
-                    self._evict(model)
+                    model.runner.evict()
                     with suppress(CapExceededError):  # others have what they had
                         self._share_again()
 
@@ -459,18 +423,10 @@ class MemoryManager:
         """
         with self._lock:
             model = self._find(name)
-            if model.memory is None or model.runner is None:
+            if model.runner is None:
                 return
-            if isinstance(model.memory, FramesMemory) and not model.acquired:
-                model.memory.frames = min(self._room(model), model.memory.page_count)
-                with model.runner.resting() as resting:
-                    if not resting:
-                        return
-                    try:
-                        model.runner.plan()
-                    except CapExceededError:
-                        return  # no room worth having
-            model.runner.prefetch()
+            if model.acquired or self._sharing.use_free_room(model.runner):
+                model.runner.prefetch()
 
     def capture(self, name: str, *args: Any, **kwargs: Any) -> CapturedPass:  # noqa: ANN401
         """Capture one call of an acquired model in a CUDA graph, its copies included.
@@ -493,9 +449,9 @@ class MemoryManager:
             model = self._find(name)
             if model.acquired == 0:
                 raise ModelError(f"model {name!r} is not acquired; capture it inside `use`")
-            if model.memory is None or model.runner is None:
+            if model.runner is None:
                 raise ModelError(f"model {name!r} has no weights to stream")
-            return CapturedPass(model.runner, model.memory, args, kwargs)
+            return CapturedPass(model.runner, args, kwargs)
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what was traced as a Chrome trace, for chrome://tracing or Perfetto.
@@ -514,9 +470,9 @@ class MemoryManager:
             raise ValueError("nothing was traced: make the manager with trace=True")
         with self._lock:
             spans = {
-                name: [(span, model.runner.step_name) for span in model.memory.streamer.timeline()]
+                name: [(span, runner.step_name) for span in runner.memory.streamer.timeline()]
                 for name, model in self._models.items()
-                if model.memory is not None and model.runner is not None
+                if (runner := model.runner) is not None
             }
         write_trace(Path(path), spans)
 
@@ -546,7 +502,13 @@ class MemoryManager:
         with self._lock:
             before = self._pager.cap
             if nbytes < before:
-                self._give_way(nbytes)
+                idle = [runner for runner, in_use in self._runners() if not in_use]
+                active = [runner for runner, in_use in self._runners() if in_use]
+                try:
+                    self._sharing.give_way(nbytes, idle, active)
+                except CapExceededError:
+                    self._share_again()
+                    raise
             if not self._pager.budget.try_set_cap(nbytes):
                 used = self._pager.budget.stats().used
                 self._share_again()
@@ -557,32 +519,6 @@ class MemoryManager:
                     used=used,
                 )
             self._share_again()
-
-    def _give_way(self, cap: int) -> None:
-        for model in sorted(self._models.values(), key=lambda each: each.last_use):
-            if self._pager.budget.stats().used > cap and not model.acquired:
-                self._evict(model)
-        active = [each for each in self._models.values() if each.acquired]
-        if self._pager.budget.stats().used <= cap:
-            return
-        if self._pager.kind == "managed":
-            for model in active:
-                self._evict(model)
-            return
-        ledger = self._pager.budget.stats()
-        held = sum(_frames_held(each) for each in active)
-        others = ledger.used - held * self._pager.page_size
-        try:
-            self._divide(active, max(0, cap - others) // self._pager.page_size)
-        except CapExceededError:
-            self._share_again()
-            raise
-
-    def _share_again(self) -> None:
-        for model in self._models.values():
-            if model.acquired and model.memory is not None:
-                self._share(model)
-                return
 
     def stats(self) -> ManagerStats:
         """Return the figures of this manager and its models."""
@@ -614,17 +550,10 @@ class MemoryManager:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelError(f"there is no model {name!r}; registered: {known}") from None
 
-    def _evict(self, model: _Model) -> None:
-        if model.memory is not None and model.runner is not None:
-            with model.runner.resting():
-                model.runner.attach()
-                model.runner.release_views()
-                model.memory.evict()
-
     def _model_stats(self, model: _Model) -> ModelStats:
         figures = MemoryStats()
-        if model.memory is not None and model.runner is not None:
-            figures = model.memory.stats(model.runner.step_name)
+        if model.runner is not None:
+            figures = model.runner.memory.stats(model.runner.step_name)
         return ModelStats(
             nbytes=sum(placement.nbytes for placement in model.binding.placements),
             acquired=model.acquired,
@@ -632,15 +561,6 @@ class MemoryManager:
             moved=tuple(model.binding.moved()),
             memory=figures,
         )
-
-
-def _frames_held(model: _Model) -> int:
-    return model.memory.frames_held if isinstance(model.memory, FramesMemory) else 0
-
-
-def _frames_gained(model: _Model) -> int:
-    memory = model.memory
-    return memory.frames - memory.frames_held if isinstance(memory, FramesMemory) else 0
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

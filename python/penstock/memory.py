@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from typing_extensions import override
 from penstock import _core
 from penstock.errors import ScheduleError
 from penstock.managed_plan import ManagedPlan, plan_managed
-from penstock.pager import Pager, Region
+from penstock.pager import Pager, Region, wait_until_pinned
 from penstock.stats import MemoryStats, PassFigures
 
 __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
@@ -213,8 +212,7 @@ class FramesMemory(ModelMemory):
     @override
     def finish_filling(self) -> None:
         """Wait until the tier is pinned."""
-        while not self.tier.wait_for(timedelta(seconds=1)):
-            pass
+        wait_until_pinned(self.tier)
         self._outside = self._charge_page_tables()
 
     def _charge_page_tables(self) -> int:

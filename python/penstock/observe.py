@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["ReadObserver"]
+__all__ = ["ReadObserver", "storage_address"]
 
 
 class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,13 +41,14 @@ class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read: set[int] = set()
         for value in tree_iter((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                read.update(self._tensors.get(_storage_address(value), ()))
+                read.update(self._tensors.get(storage_address(value), ()))
         if read:
             self._on_read(read)
         return func(*args, **kwargs)
 
 
-def _storage_address(tensor: torch.Tensor) -> int:
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return where a tensor's storage begins, by which tensors and views of them are known."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse, or a subclass without memory of its own

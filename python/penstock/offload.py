@@ -13,7 +13,7 @@ from penstock import _core
 from penstock.errors import ModelError
 from penstock.manager import MemoryManager
 
-__all__ = ["offload", "restore"]
+__all__ = ["manager_of", "offload", "restore"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,6 +75,7 @@ def offload(
     See Also
     --------
     restore : Takes it back.
+    manager_of : Tells what it does.
     """
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already; penstock.restore(model) takes that back")
@@ -109,6 +110,23 @@ def restore(model: M) -> M:
 
 
 def manager_of(model: nn.Module) -> MemoryManager | None:
-    """Return the manager of an offloaded model: for its report, schedule and statistics."""
+    """Return the manager of an offloaded model: for its report, schedule, statistics and cap.
+
+    The manager knows the model as `"model"`.
+
+    Parameters
+    ----------
+    model
+        A module that was given to `offload`, or any other.
+
+    Returns
+    -------
+    MemoryManager or None
+        None where the model is not offloaded; copies of an offloaded one are not.
+
+    See Also
+    --------
+    offload : Makes the manager.
+    """
     offloaded = model.__dict__.get("_penstock_offloaded")
     return offloaded.manager if isinstance(offloaded, _Offloaded) else None

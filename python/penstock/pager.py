@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -12,7 +11,7 @@ import torch
 from penstock import _core
 from penstock.sizes import parse_bytes
 
-__all__ = ["Pager", "Region", "open_device"]
+__all__ = ["Pager", "Region", "open_device", "wait_until_pinned"]
 
 PAGE_SIZE = 2 << 20
 """Bytes of a managed page: what drivers migrate at once, the largest that a kernel maps whole."""
@@ -138,6 +137,12 @@ class Region:
             )
 
 
+def wait_until_pinned(tier: _core.HostTier) -> None:
+    """Say that all is written that was to be, and wait until pages can be loaded from a tier."""
+    while not tier.wait_for(timedelta(seconds=1)):
+        pass
+
+
 class Pager:
     """Pages of device memory under a cap.
 
@@ -159,9 +164,9 @@ class Pager:
 
     Notes
     -----
-    Reading a managed page that is not resident is right, but slow, and not counted. Reading a page
-    of frames that is not in place is undefined: read it after `prefetch`, before anything else is
-    prefetched that might take its place. Thread-safe.
+    Reading a managed page that is not resident is right, but slow, and not counted. Reading or
+    writing a page of frames that is not in place is undefined: use it after `prefetch`, and have
+    that done before anything else is prefetched that might take its place. Thread-safe.
     """
 
     def __init__(
@@ -272,7 +277,8 @@ class Pager:
             Size in bytes.
         writable
             Whether the device will write to it. A region that is filled once and then only read is
-            evicted without moving a byte.
+            evicted without moving a byte: with managed memory, once it was loaded; with frames,
+            what the device writes to such a region is lost.
 
         Raises
         ------
@@ -281,13 +287,17 @@ class Pager:
         """
         size = parse_bytes(nbytes)
         if self.kind == "frames":
-            threads = min(8, os.cpu_count() or 1)
-            tier = _core.PinnedTier(self.core_device, size, self.page_size, [], [], threads)
-            while not tier.wait_for(timedelta(seconds=1)):
-                pass
-            return Region(_core.FramesRegion(self.frames, tier), self.device)
+            tier = self.empty_tier(size)
+            wait_until_pinned(tier)
+            core = _core.FramesRegion(self.frames, tier)
+            core.set_writable(writable)
+            return Region(core, self.device)
         access = _core.Access.read_write if writable else _core.Access.read_mostly
         return Region(self.core.reserve(size, access), self.device)
+
+    def empty_tier(self, nbytes: int) -> _core.HostTier:
+        """Make pinned host memory for a region of frames; see `wait_until_pinned`."""
+        return _core.PinnedTier(self.core_device, nbytes, self.page_size, [], [], 1)
 
     def prefetch(
         self,
@@ -336,10 +346,11 @@ class Pager:
         return max(0, region.core.stats().resident_bytes - before)
 
     def evict(self, region: Region, start: int = 0, nbytes: int | None = None) -> int:
-        """Take a byte range off the device; its bytes are kept, and reading them stays right.
+        """Take a byte range off the device; its bytes are kept.
 
-        Waits for work that reads the range where the pager knows of it (`begin` and `end`); other
-        readers must have finished. Pages in use are left.
+        Waits for work that uses the range where the pager knows of it (`begin` and `end`); other
+        work on it must have finished. Pages in use are left. Managed memory can be read on; frames,
+        after the next `prefetch`.
 
         Parameters
         ----------

@@ -1,10 +1,11 @@
-"""Running a bound model step by step: hooks begin and end steps, and learn what comes when.
+"""Running a bound model step by step: what happens when its modules are called.
 
 The first pass of an entry point is observed operation by operation: a dispatch mode sees which
 tensors are really read, whoever reads them, and their pages are made ready just then. From it each
-module's step is known. In later passes hooks begin a step when its module is called, and open the
-tensors that it reads; whatever is read beside goes through the guard, and is learned as a step of
-its own. A model that is in place as a whole has no hooks but on its entry points.
+module's step is learned (`learning`). In later passes hooks begin a step when its module is called,
+and open the tensors that it reads; whatever is read beside goes through the guard, and is a step of
+its own from then on. After a pass the plan is improved (`planning`). A model that is in place as a
+whole runs freely: it has no hooks but on its entry points.
 
 One model runs in one thread at a time.
 """
@@ -13,30 +14,24 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from penstock import _core
 from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
-from penstock.guard import Entry, Guard, is_guarded, on_host
+from penstock.guard import Entry, Guard
+from penstock.hooks import Hooks
+from penstock.learning import learn, whole_subtrees
 from penstock.memory import ModelMemory
 from penstock.observe import ReadObserver
-from penstock.sizes import format_bytes
+from penstock.planning import Planning, too_large
 from penstock.steps import Order, Place, Steps
 
 __all__ = ["Runner"]
-
-_REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
-
-# These choose their kernels by whether a tensor is of a class with __torch_function__, so all that
-# they look at is part of their step.
-_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class _Call:
@@ -54,63 +49,6 @@ class _Call:
         self.read: set[int] = set()  # tensors, if observed
 
 
-class _Phase(Enum):
-    """How well the plan fits the order that is followed."""
-
-    PLANNED = 1  # without knowing how long steps take
-    TRACING = 2
-    TRACED = 3
-    SETTLED = 4
-
-
-class _Hook:
-    """A hook of one module. Copies and pickles of the module, on ordinary memory, have none."""
-
-    def __init__(self, work: Callable[..., None], module: int) -> None:
-        self._work = work
-        self._module = module
-
-    def __call__(self, *arguments: Any) -> None:  # noqa: ANN401
-        self._work(self._module)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
-        return _no_hook
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _get_no_hook, ()
-
-
-class _Save:
-    """Puts what is kept on the host into state dicts: for who saves them, or reads them later."""
-
-    def __call__(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
-    ) -> None:
-        for held in (module._parameters, module._buffers):
-            for name in held:
-                value = state.get(prefix + name)
-                if value is not held[name] and is_guarded(value):
-                    state[prefix + name] = on_host(cast(torch.Tensor, value))
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
-        return _no_hook
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _get_no_hook, ()
-
-
-def _on_saving(module: nn.Module) -> Any:  # noqa: ANN401
-    return module._register_state_dict_hook(_Save())  # type: ignore[no-untyped-call]
-
-
-def _no_hook(*arguments: object) -> None:
-    """Stand where a hook was."""
-
-
-def _get_no_hook() -> Callable[..., None]:
-    return _no_hook
-
-
 class Runner:
     """Runs a bound model on its memory.
 
@@ -118,6 +56,8 @@ class Runner:
     ----------
     name
         The model's, for messages.
+    memory
+        Where the model's tensors are; an attribute, too.
     trace
         Whether times are taken of every step and load.
     """
@@ -127,14 +67,14 @@ class Runner:
     ) -> None:
         self._name = name
         self._binding = binding
-        self._memory = memory
+        self.memory = memory
         self._streamer = memory.streamer
         self._stream = memory.pager.stream
         self._capturing = False
 
         self._modules = list(binding.module.modules())
         ids = {id(module): i for i, module in enumerate(self._modules)}
-        own: list[set[int]] = [set() for _ in self._modules]
+        held: list[set[int]] = [set() for _ in self._modules]
         self._guard = Guard(self)
         self._step_entries: list[list[Entry]] = [[] for _ in self._modules]
         self._entries: list[Entry] = []
@@ -146,23 +86,24 @@ class Runner:
             self._entries.append(entry)
             self._by_address[address] = [index]
             for owner, _ in placement.slot.owners:
-                own[ids[id(owner)]].add(index)
+                held[ids[id(owner)]].add(index)
         self._index = {id(entry): i for i, entry in enumerate(self._entries)}
-        self._whole = self._whole_subtrees(own)
         names = [module_name for module_name, _ in binding.module.named_modules()]
-        self._steps = Steps(names, [frozenset(each) for each in own])
+        own = [frozenset(each) for each in held]
+        self._steps = Steps(
+            names,
+            own,
+            whole_subtrees(self._modules, own),
+            [entry.pages for entry in self._entries],
+        )
         for step in range(len(self._modules)):
-            if step in self._whole:
-                self._steps.own[step] = self._whole[step]
             self._define(step)
 
+        holders = [i for i, tensors in enumerate(own) if tensors]
         self._orders: dict[int, Order] = {}  # by entry point
-        self._followed: Order | None = None
-        self._follow(Order(tuple((i, ()) for i, each in enumerate(own) if each)))
-        self._planned_for: list[Order] = []
-        self._previous: Order | None = None  # followed by the pass before
-        self._repeats = 0
-        self._phase = _Phase.PLANNED
+        self._followed = Order(tuple((i, ()) for i in holders))
+        self._follow(self._followed)
+        self._planning = Planning(name, self._steps, memory, trace=trace)
         self._tracing = trace
         self._streamer.set_trace(trace)
         self._in_pass = False
@@ -176,29 +117,15 @@ class Runner:
         self._observed: list[_Call] = []
         self._saving: AbstractContextManager[Any] | None = None
         self._loaded_before = 0
-        self._handles: list[Any] = []
         self._free = False  # all in place, nothing to do in steps
-        self._saves = [_on_saving(module) for i, module in enumerate(self._modules) if own[i]]
+        self._hooks = Hooks(self._modules, holders)
         self._hook(range(len(self._modules)))
-
-    def _whole_subtrees(self, own: list[set[int]]) -> dict[int, frozenset[int]]:
-        ids = {id(module): i for i, module in enumerate(self._modules)}
-        whole: dict[int, frozenset[int]] = {}
-        for i, module in enumerate(self._modules):
-            looked_at: nn.Module | None = module if isinstance(module, _WHOLE) else None
-            if isinstance(module, nn.TransformerEncoder) and len(module.layers) > 0:
-                looked_at = module.layers[0]
-            if looked_at is not None:
-                parts = (own[ids[id(part)]] for part in looked_at.modules())
-                whole[i] = frozenset().union(*parts)
-        return whole
 
     # ---- what others may ask -------------------------------------------------------------------
 
     @property
     def steps(self) -> list[str]:
         """Names of the steps in the order in which they are expected."""
-        assert self._followed is not None
         return [self._steps.name(step) for step in self._followed.steps]
 
     def step_name(self, step: int) -> str:
@@ -207,9 +134,7 @@ class Runner:
 
     def least_frames(self) -> int:
         """Return the fewest pages that have to be in place at once."""
-        orders: list[Order | None] = [*self._planned_for] or [self._followed]
-        pages = [used for order in orders if order for used in self._pages_in_use(order)]
-        return _core.least_frames(self._memory.page_count, pages)
+        return self._planning.least_frames(self._followed)
 
     @property
     def module(self) -> nn.Module:
@@ -219,9 +144,7 @@ class Runner:
     @property
     def settled(self) -> bool:
         """Whether the plan is final for the order that is followed."""
-        return self._free or (
-            self._phase is _Phase.SETTLED and self._planned_for == [self._followed]
-        )
+        return self._free or self._planning.settled(self._followed)
 
     @contextmanager
     def captured(self) -> Iterator[None]:
@@ -252,12 +175,11 @@ class Runner:
 
     def schedule(self) -> list[tuple[str, list[str], list[int]]]:
         """List the steps to come: name, names of the tensors read, pages in use."""
-        assert self._followed is not None
         names = [placement.slot.names[0] for placement, _ in self._binding.placed()]
         return [
             (self._steps.name(step), sorted(names[i] for i in self._steps.tensors(step)), pages)
             for (step, _), pages in zip(
-                self._followed.places, self._pages_in_use(self._followed), strict=True
+                self._followed.places, self._steps.pages_in_use(self._followed), strict=True
             )
         ]
 
@@ -271,21 +193,26 @@ class Runner:
         ScheduleError
             If a call is under way.
         """
-        assert self._followed is not None
         self._plan_later = False
         self.attach()
-        orders = self._planned_for or [self._followed]
-        self._plan_for(orders)
-        if not self._orders:
-            self._planned_for = []  # as nothing has run, it is a guess
+        self._planning.renew(self._followed, guess=not self._orders)
 
     def prefetch(self) -> None:
         """Load from the beginning of the order on, as far as there is room."""
         self._streamer.prefetch()
 
-    def release_views(self) -> None:
-        """Let go of pages that were kept for views which are gone."""
-        self._guard.release_kept()
+    def evict(self) -> None:
+        """Give up all that is in place and not in use; the next call loads it again.
+
+        Raises
+        ------
+        ScheduleError
+            If a call is under way, and the model runs freely.
+        """
+        with self.resting():
+            self.attach()
+            self._guard.release_kept()
+            self.memory.evict()
 
     def unwind(self) -> None:
         """End calls that an interrupt left open."""
@@ -300,7 +227,7 @@ class Runner:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
         self._guard.look_for_moved()
         self._guard.close(self._entries, training=True)
-        self._memory.region.core.end(self._memory.all_pages, self._stream())
+        self.memory.region.core.end(self.memory.all_pages, self._stream())
         self._free = False
         self._hook(range(len(self._modules)))
 
@@ -314,9 +241,7 @@ class Runner:
         """
         self.unwind()
         self.attach()
-        self._hook(())
-        for save in self._saves:
-            save.remove()
+        self._hooks.remove()
         self._guard.remove(self._name, readable=readable)
 
     # ---- access, for the guard -----------------------------------------------------------------
@@ -352,25 +277,16 @@ class Runner:
 
     def write_back(self, offset: int, nbytes: int) -> None:
         """Keep what was written to a tensor in use."""
-        self._memory.write_back(offset, nbytes, self._stream())
+        self.memory.write_back(offset, nbytes, self._stream())
 
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as they are kept on the host."""
-        return self._memory.host_copy(offset, nbytes)
+        return self.memory.host_copy(offset, nbytes)
 
     # ---- hooks ---------------------------------------------------------------------------------
 
-    def _hook(self, modules: Sequence[int]) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
-            handle
-            for i in modules
-            for handle in (
-                self._modules[i].register_forward_pre_hook(_Hook(self._enter, i), prepend=True),
-                self._modules[i].register_forward_hook(_Hook(self._leave, i), always_call=True),
-            )
-        ]
+    def _hook(self, modules: Iterable[int]) -> None:
+        self._hooks.tell_of(modules, self._enter, self._leave)
 
     def _enter(self, index: int) -> None:
         calls = self._calls
@@ -433,20 +349,9 @@ class Runner:
         try:
             self._streamer.begin(step, self._stream())
         except CapExceededError as error:
-            tensors = self._steps.tensors(step)
-            size = len({page for i in tensors for page in self._entries[i].pages})
-            raise self._refusal(call.module, size, error) from None
+            nbytes = len(self._steps.pages(step)) * self.memory.pager.page_size
+            raise too_large(self._name, self._steps.name(call.module), nbytes, error) from None
         call.begun.append(step)
-
-    def _refusal(self, step: int, pages: int, error: CapExceededError) -> CapExceededError:
-        """Say which step does not fit."""
-        return CapExceededError(
-            f"model {self._name!r}: step {self._steps.name(step)!r} reads "
-            f"{format_bytes(pages * self._memory.pager.page_size)} at once. {error}",
-            requested=error.requested,
-            cap=error.cap,
-            used=error.used,
-        )
 
     def _end_steps(self, call: _Call) -> None:
         error: Exception | None = None
@@ -464,7 +369,7 @@ class Runner:
         order = self._orders.get(entry)
         if self._guard.lost or order is None:
             self._binding.warn_if_moved()
-        if not self._capturing and self._memory.pager.capturing():
+        if not self._capturing and self.memory.pager.capturing():
             raise ScheduleError(
                 f"model {self._name!r} streams, so a graph of it is captured by "
                 "MemoryManager.capture, which has its copies captured too"
@@ -508,53 +413,13 @@ class Runner:
                 self._follow(self._orders[entry])
         self._streamer.end_pass(self._stream())
         if not failed and not self._capturing:
-            self._improve(steady)
-
-    def _improve(self, steady: bool) -> None:
-        """Plan for the order that is followed, then by times; run freely if all is in place."""
-        order = self._followed
-        assert order is not None
-        self._repeats = self._repeats + 1 if self._previous is order else 0
-        previous, self._previous = self._previous, order
-        with suppress(CapExceededError):  # this pass is done; the next says which step is too large
-            if steady and order not in self._planned_for:
-                together = [order] if previous in (None, order) else [previous, order]
-                self._plan_for([each for each in together if each is not None])
-            elif len(self._planned_for) > 1 and self._repeats >= _REPEATS:
-                self._plan_for([order])
-            elif self._planned_for == [order]:
-                self._improve_by_times(order)
-        if self._memory.fits() and self._streamer.stats().loaded_bytes == self._loaded_before:
-            self._run_freely()
-
-    def _plan_for(self, orders: list[Order]) -> None:
-        pages = [used for order in orders for used in self._pages_in_use(order)]
-        try:
-            self._memory.arrange(pages, ())
-        except CapExceededError as error:
-            places = [place for order in orders for place in order.places]
-            (step, _), largest = max(zip(places, pages, strict=True), key=lambda each: len(each[1]))
-            raise self._refusal(step, len(largest), error) from None
-        self._planned_for = orders
-        self._phase = _Phase.PLANNED
-
-    def _improve_by_times(self, order: Order) -> None:
-        if self._phase is _Phase.PLANNED:
-            self._streamer.set_trace(True)
-            self._phase = _Phase.TRACING
-        elif self._phase is _Phase.TRACING:
-            self._streamer.set_trace(self._tracing)
-            self._phase = _Phase.TRACED
-        elif self._phase is _Phase.TRACED:
-            seconds = self._streamer.step_seconds()
-            if seconds:
-                seconds += [0.0] * (len(order.places) - len(seconds))
-                self._memory.arrange(self._pages_in_use(order), seconds[: len(order.places)])
-                self._phase = _Phase.SETTLED
+            self._planning.improve(self._followed, steady=steady)
+            if self.memory.fits() and self._streamer.stats().loaded_bytes == self._loaded_before:
+                self._run_freely()
 
     def _run_freely(self) -> None:
-        core = self._memory.region.core
-        pages = self._memory.all_pages
+        core = self.memory.region.core
+        pages = self.memory.all_pages
         if not core.settled(pages):
             return
         core.begin(pages, self._stream())
@@ -579,48 +444,11 @@ class Runner:
             self._begin_step(call, self._read_step(missing))
 
     def _learn(self) -> None:
-        """Say what each module's step is from now on, and the order that follows from that."""
         observed, self._observed = self._observed, []
-        for call in observed:
-            whole = self._whole.get(call.module, frozenset())
-            if self._steps.learn(call.module, call.read | whole):
-                self._define(call.module)
-        self._called = self._order_of(observed)
-        if modules := self._held_too_long(self._called):
-            for module in modules:
-                self._steps.read_singly(module)
-                self._define(module)
-            self._called = self._order_of(observed)
-
-    def _held_too_long(self, places: Sequence[Place]) -> set[int]:
-        """Find modules that read by themselves, and hold that while their parts have no room.
-
-        Observed, each tensor is there from its first read on; a step, from its call on.
-        """
-        found: set[int] = set()
-        order = Order(tuple(places))
-        for (_, outer), pages in zip(places, self._pages_in_use(order), strict=True):
-            if len(pages) > self._memory.most_pages:
-                found.update(step for step in outer if step not in self._whole)
-        return found
-
-    def _order_of(self, observed: Sequence[_Call]) -> list[Place]:
-        """Return the steps that observed calls will be."""
-        places: list[Place] = []
-        for call in observed:
-            outer: list[int] = []
-            around = call.parent
-            while around is not None:
-                if self._steps.tensors(around.module):
-                    outer.insert(0, around.module)
-                around = around.parent
-            stable = self._steps.tensors(call.module)
-            if stable:
-                places.append((call.module, tuple(outer)))
-                outer.append(call.module)
-            if rest := call.read - stable:
-                places.append((self._read_step(rest), tuple(outer)))
-        return places
+        order, changed = learn(self._steps, observed, self.memory.most_pages)
+        for step in changed:
+            self._define(step)
+        self._called = list(order.places)
 
     def _read_step(self, tensors: set[int]) -> int:
         step, new = self._steps.read_step(tensors)
@@ -629,23 +457,10 @@ class Runner:
         return step
 
     def _define(self, step: int) -> None:
-        tensors = sorted(self._steps.tensors(step))
-        pages = {page for i in tensors for page in self._entries[i].pages}
-        self._streamer.define(step, sorted(pages), self._steps.name(step))
+        self._streamer.define(step, self._steps.pages(step), self._steps.name(step))
         if step < len(self._modules):
-            self._step_entries[step] = [self._entries[i] for i in tensors]
+            self._step_entries[step] = [self._entries[i] for i in sorted(self._steps.tensors(step))]
 
     def _follow(self, order: Order) -> None:
         self._followed = order
-        self._streamer.follow(order.steps, self._pages_in_use(order))
-
-    def _pages_in_use(self, order: Order) -> list[list[int]]:
-        """List, for each place of an order, the pages of its step and of those around it."""
-        found: dict[Place, list[int]] = {}
-        for place in order.places:
-            if place in found:
-                continue
-            step, outer = place
-            tensors = {i for each in (step, *outer) for i in self._steps.tensors(each)}
-            found[place] = sorted({page for i in tensors for page in self._entries[i].pages})
-        return [found[place] for place in order.places]
+        self._streamer.follow(order.steps, self._steps.pages_in_use(order))

@@ -11,7 +11,7 @@ may be called by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["Order", "Place", "Steps"]
@@ -42,10 +42,17 @@ class Steps:
         Names of the modules; a step below their number is the call of that module.
     own
         For each module, the indices of the tensors that it holds itself.
+    whole
+        For modules that look at tensors of their parts too, all that they look at; it is always
+        part of their step.
+    tensor_pages
+        For each tensor, the pages that it lies on.
     """
 
     modules: Sequence[str]
-    own: list[frozenset[int]]
+    own: Sequence[frozenset[int]]
+    whole: Mapping[int, frozenset[int]]
+    tensor_pages: Sequence[Sequence[int]]
     _learned: dict[int, frozenset[int]] = field(default_factory=dict)
     _reads: dict[frozenset[int], int] = field(default_factory=dict)
     _read_tensors: list[frozenset[int]] = field(default_factory=list)
@@ -54,7 +61,17 @@ class Steps:
         """Return the tensors that a step reads."""
         if step >= len(self.modules):
             return self._read_tensors[step - len(self.modules)]
-        return self._learned.get(step, self.own[step])
+        return self._learned.get(step, self.whole.get(step, self.own[step]))
+
+    def pages(self, *steps: int) -> list[int]:
+        """Return the pages that steps read, ascending."""
+        tensors = {i for step in steps for i in self.tensors(step)}
+        return sorted({page for i in tensors for page in self.tensor_pages[i]})
+
+    def pages_in_use(self, order: Order) -> list[list[int]]:
+        """List, for each place of an order, the pages of its step and of those around it."""
+        found = {(step, outer): self.pages(step, *outer) for step, outer in set(order.places)}
+        return [found[place] for place in order.places]
 
     def learn(self, module: int, read: Iterable[int]) -> bool:
         """Note what one call of a module read; return whether that changes its step.
@@ -63,7 +80,7 @@ class Steps:
         """
         before = self.tensors(module)
         known = self._learned.get(module)
-        seen = frozenset(read)
+        seen = self.whole.get(module, frozenset()).union(read)
         self._learned[module] = seen if known is None else known & seen
         return self._learned[module] != before
 

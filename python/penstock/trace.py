@@ -39,14 +39,19 @@ def write_trace(path: Path, spans: Mapping[str, Spans]) -> None:
                 {
                     "name": _name(span, step_name),
                     "cat": _ROWS[span.kind],
-                    "ph": "X",
                     "ts": span.start * 1e6,
-                    "dur": span.seconds * 1e6,
                     "pid": process,
                     "tid": rows.index(span.kind),
+                    **_duration(span),
                 }
             )
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def _duration(span: _core.Span) -> dict[str, object]:
+    if span.kind is _core.SpanKind.evict and span.seconds == 0:  # the load copied over the pages
+        return {"ph": "i", "s": "t"}
+    return {"ph": "X", "dur": span.seconds * 1e6}
 
 
 def _named(what: str, name: str, process: int, row: int) -> dict[str, object]:

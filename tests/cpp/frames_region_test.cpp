@@ -527,8 +527,55 @@ TEST(FramesWriteBack, IsRefusedWhereItCannotBeKeptOrIsNotInUse) {
   EXPECT_THROW(setup.region->write_back(4 * kPage - 1, 2, kCaller), std::out_of_range);
   setup.tier->writable = false;
   EXPECT_THROW(setup.region->write_back(0, 4, kCaller), DeviceError);
+  EXPECT_THROW(setup.region->set_writable(true), DeviceError);
   setup.region->end({0}, kCaller);
   EXPECT_EQ(setup.region->frames_stats().written_back_bytes, 0U);
+}
+
+TEST(FramesWriteBack, WritableRegionKeepsAllWhereverItsPagesGo) {
+  for (const bool verified : {false, true}) {
+    FramesSetup setup(4, 6, 8);
+    FramesRegion& region = *setup.region;
+    region.set_writable(true);
+    region.set_verify(verified);
+    region.arrange(arranged(6, 1, 2));
+    const auto change = [&](PageIndex page, std::uint8_t value) {
+      const OwnedStream stream(setup.spy);
+      region.begin({page}, stream.get());
+      run_on(stream.get(), [&] {
+        std::this_thread::sleep_for(milliseconds(2));
+        std::memset(region.address() + page * kPage, value, 100);
+      });
+      region.end({page}, stream.get());
+      std::memset(setup.bytes.data() + page * kPage, value, 100);
+    };
+    for (PageIndex page = 0; page < 6; ++page) change(page, static_cast<std::uint8_t>(page + 1));
+    EXPECT_TRUE(reads_right(setup, {0}));
+    region.arrange(arranged(6, 0, 1));  // the pages move
+    for (PageIndex page = 0; page < 6; ++page) {
+      EXPECT_TRUE(reads_right(setup, {page}));
+      change(page, static_cast<std::uint8_t>(page + 21));
+    }
+    region.evict(pages_between(0, 6));
+    EXPECT_EQ(setup.tier->bytes(), setup.bytes);
+  }
+}
+
+TEST(FramesWriteBack, FailedCopyBackLosesNothing) {
+  FramesSetup setup(1, 2);
+  setup.region->set_writable(true);
+  setup.region->begin({0}, kCaller);
+  std::memset(setup.region->address(), 7, 10);
+  setup.region->end({0}, kCaller);
+  std::memset(setup.bytes.data(), 7, 10);
+  setup.device->fail_nth_call_of("copy", 0);
+  EXPECT_THROW(setup.region->evict({0}), DeviceError);
+  EXPECT_TRUE(reads_right(setup, {0}));
+  setup.device->fail_nth_call_of("copy", 0);
+  EXPECT_THROW(setup.region->begin({1}, kCaller), DeviceError);
+  EXPECT_TRUE(reads_right(setup, {0}));
+  EXPECT_TRUE(reads_right(setup, {1}));
+  EXPECT_TRUE(reads_right(setup, {0}));
 }
 
 TEST(FramesVerify, FindsACopyThatIsNotItsSource) {

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "error/error.hpp"
-#include "support/child.hpp"
 #include "support/pager_setup.hpp"
 #include "support/waiting.hpp"
 
@@ -504,18 +503,7 @@ TEST(ManagedPager, ForkedChildIsToldAndLeavesCleanly) {
   auto region = setup.reserve(2);
   run_step(*setup.pager, *region, {0});
   setup.pager->synchronize();
-  const ChildEnd child = run_in_child([&] {
-    try {
-      setup.pager->begin(*region, {1}, kCaller);
-      return 1;
-    } catch (const Error&) {
-    }
-    region.reset();
-    setup.pager.reset();
-    return 0;
-  });
-  EXPECT_EQ(child.signal, 0);
-  EXPECT_EQ(child.exit_code, 0);
+  EXPECT_TRUE(forked_child_is_told(setup, region, 1));
   EXPECT_NO_THROW(run_step(*setup.pager, *region, {0, 1}));  // the parent is none the worse
 }
 

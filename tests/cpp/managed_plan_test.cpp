@@ -13,7 +13,6 @@
 
 #include "error/error.hpp"
 #include "streamer/streamer.hpp"
-#include "support/child.hpp"
 #include "support/pager_setup.hpp"
 #include "support/waiting.hpp"
 
@@ -467,18 +466,7 @@ TEST(ManagedPlan, ForkedChildDoesNotWaitForWhatItsParentAskedFor) {
   };
   setup.pager->prefetch_ahead(*region, {0});
   in_call.wait();
-  const ChildEnd child = run_in_child([&] {
-    try {
-      setup.pager->begin(*region, {0}, kCaller);
-      return 1;
-    } catch (const Error&) {
-    }
-    region.reset();
-    setup.pager.reset();
-    return 0;
-  });
-  EXPECT_EQ(child.signal, 0);
-  EXPECT_EQ(child.exit_code, 0);
+  EXPECT_TRUE(forked_child_is_told(setup, region, 0));
   loading.open();
   EXPECT_NO_THROW(run_step(*setup.pager, *region, {0}));
 }

@@ -346,7 +346,7 @@ TEST(Streamer, StallIsThatOfTheStepWhosePagesAreLate) {
   EXPECT_EQ(run.streamer.stats().steps, 16U);
 }
 
-TEST(Streamer, TraceHasASpanOfEveryStepLoadAndStall) {
+TEST(Streamer, TraceHasASpanOfEveryStepLoadEvictionAndStall) {
   FramesStreaming run(1, 3, steps_of(6, 1), 6);
   EXPECT_TRUE(run.streamer.timeline().empty());
   run.run_pass();
@@ -377,6 +377,7 @@ TEST(Streamer, TraceHasASpanOfEveryStepLoadAndStall) {
   EXPECT_EQ(kinds.count(SpanKind::kStep), 6U);
   EXPECT_EQ(kinds.count(SpanKind::kStall), 6U);
   EXPECT_EQ(kinds.count(SpanKind::kLoad), loads);
+  EXPECT_EQ(kinds.count(SpanKind::kEvict), loads);  // the ring was full
   EXPECT_GT(longest, 0.009);
   const std::vector<double> compute = run.streamer.step_seconds();
   ASSERT_EQ(compute.size(), 6U);
@@ -502,6 +503,25 @@ TEST(StreamerManaged, ReadsRightBytesUnderTheCapInEveryOrder) {
   }
   EXPECT_LE(setup.spy->peak(), 6 * kPage);
   EXPECT_EQ(setup.pager->region_stats(*region).pinned_pages, 0U);
+}
+
+TEST(StreamerManaged, TraceHasWhatWasDropped) {
+  PagerSetup setup(4);
+  setup.device->delay_calls_of("managed_evict", milliseconds(1));
+  const auto region = setup.reserve(8);
+  const Bytes bytes = fill(*region, 3);
+  Streaming run(region, bytes, steps_of(8, 1));
+  run.streamer.set_trace(true);
+  run.run_pass();
+  setup.pager->synchronize();
+  std::set<std::uint32_t> dropped;
+  for (const Span& span : run.streamer.timeline()) {
+    if (span.kind != SpanKind::kEvict) continue;
+    EXPECT_GE(span.start, 0);
+    EXPECT_GT(span.seconds, 0.0009);
+    for (std::uint32_t i = 0; i < span.count; ++i) dropped.insert(span.id + i);
+  }
+  EXPECT_GE(dropped.size(), 4U);  // of eight pages there is room for four
 }
 
 TEST(StreamerManaged, StreamerCanGoWhileThePagerLoads) {

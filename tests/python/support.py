@@ -69,15 +69,15 @@ def manager_with(
 
 def region_of(manager: penstock.MemoryManager, name: str = "m") -> penstock.Region:
     """Return the region of a registered model that has weights."""
-    memory = manager._models[name].memory
-    assert memory is not None
-    return memory.region
+    runner = manager._models[name].runner
+    assert runner is not None
+    return runner.memory.region
 
 
 def pinned_pages(manager: penstock.MemoryManager) -> int:
     """Count the pages that are in use, of all models."""
-    memories = [model.memory for model in manager._models.values()]
-    return sum(each.region.core.stats().pinned_pages for each in memories if each is not None)
+    runners = [model.runner for model in manager._models.values()]
+    return sum(each.memory.region.core.stats().pinned_pages for each in runners if each is not None)
 
 
 def charge_of(region: penstock.Region) -> int:

@@ -1,13 +1,16 @@
-"""Who may know whom in csrc: the rooms, what they include, and how long a file may be."""
+"""Who may know whom: the rooms of csrc and the modules in Python, and how long a file may be."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "penstock"
 
 # A room may include itself and the rooms named here.
 MAY_INCLUDE = {
@@ -101,3 +104,46 @@ def test_header_opens_with_prose_and_is_included_once(path: Path) -> None:
     assert prose, "a paragraph that says what this is comes first"
     assert all(line.startswith("//") for line in prose)
     assert re.search(r"[a-z]{3,}.*\.", " ".join(prose)), "a sentence, not a label"
+
+
+# ---- Python ------------------------------------------------------------------------------------
+
+
+def python_ranks() -> dict[str, int]:
+    """Read the graph of modules in CONTRIBUTING.md: the higher a rank, the farther to the left."""
+    found = re.search(r"^python +(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert found
+    groups = [re.findall(r"\w+", group) for group in found[1].split("->")]
+    return {module: -i for i, group in enumerate(groups) for module in group}
+
+
+RANKS = python_ranks()
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0][0] != "_"
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Give the modules of ours that a file imports when it runs."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    named = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    parts = [module.split(".") for module in named]
+    return {part[1] for part in parts if part[0] == "penstock" and len(part) > 1} - {"_core"}
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_is_in_the_graph() -> None:
+    assert {module_of(path) for path in SOURCES} == set(RANKS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_module_imports_only_what_it_may_know(path: Path) -> None:
+    own = module_of(path)
+    back = {other for other in imports(path) - {own} if RANKS[other] >= RANKS[own]}
+    assert not back, f"{own} imports {back}, which CONTRIBUTING.md has beside it or to its left"

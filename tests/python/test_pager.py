@@ -272,6 +272,34 @@ def test_written_bytes_survive_eviction() -> None:
         assert pager.budget.stats().used == 0
 
 
+def test_written_frames_survive_wherever_their_pages_go() -> None:
+    pager = Pager(cap="128KiB", device="cpu", kind="frames", page_size="64KiB")
+    region = pager.reserve("256KiB")
+    tensor = region.tensor(0, (64 * KIB,), torch.float32)
+    wanted = torch.zeros(64 * KIB)
+    for value in range(3):
+        for page in range(4):  # of which two have a frame
+            pager.prefetch(region, page * 64 * KIB, 64 * KIB)
+            part = slice(page * 16 * KIB, (page + 1) * 16 * KIB)
+            if value > 0:
+                assert same_bits(tensor[part], wanted[part])
+            tensor[part] = wanted[part] = torch.randn(16 * KIB)
+        if value == 1:
+            assert pager.evict(region) == 128 * KIB
+            assert pager.budget.stats().used == 0
+
+
+def test_frames_that_are_only_read_are_copied_one_way() -> None:
+    pager = Pager(cap="128KiB", device="cpu", kind="frames", page_size="64KiB")
+    for writable in (False, True):
+        region = pager.reserve("256KiB", writable=writable)
+        for page in range(4):
+            pager.prefetch(region, page * 64 * KIB, 64 * KIB)
+        pager.evict(region)
+        back = region.core.frames_stats().written_back_bytes
+        assert back == (256 * KIB if writable else 0)
+
+
 def test_evict_takes_what_reading_brought_in() -> None:
     pager = make("4MiB")
     region, noise = filled(pager, 8 * MIB)

@@ -67,8 +67,9 @@ class Rig:
 
     @property
     def plan(self) -> _core.Plan:
-        memory = self.manager._models["m"].memory
-        assert memory is not None
+        runner = self.manager._models["m"].runner
+        assert runner is not None
+        memory = runner.memory
         assert memory.plan is not None
         return memory.plan
 
@@ -173,8 +174,11 @@ def test_timeline_is_a_chrome_trace(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     rows = {event["cat"] for event in spans}
-    assert {"passes", "steps", "loads"} <= rows
-    assert rows <= {"passes", "steps", "stalls", "loads", "evictions"}
+    assert {"passes", "steps", "loads"} <= rows <= {"passes", "steps", "stalls", "loads"}
+    overwritten = [event for event in events if event["ph"] == "i"]
+    assert {event["cat"] for event in overwritten} == {"evictions"}
+    loads = {event["ts"] for event in spans if event["cat"] == "loads"}
+    assert {event["ts"] for event in overwritten} <= loads
     assert all(event["dur"] >= 0 for event in spans)
     steps = [event["name"] for event in spans if event["cat"] == "steps"]
     assert set(steps) >= {str(i) for i in range(LAYERS)}
@@ -361,6 +365,63 @@ def test_a_budget_of_host_memory_decides(checkpoint: Path) -> None:
                 assert same_bits(module(X), build(stack)(X))
 
 
+WEIGHTS = LAYERS * PAGE
+
+
+@pytest.mark.parametrize(
+    ("host", "budget", "dtype", "needed"),
+    [
+        ("pinned", WEIGHTS - 1, None, WEIGHTS),
+        ("stream", 4 * PAGE - 1, None, 4 * PAGE),
+        ("auto", 4 * PAGE - 1, None, 4 * PAGE),
+        ("stream", WEIGHTS, torch.bfloat16, WEIGHTS // 2 + 4 * PAGE),  # what is converted is held
+        ("mapped", WEIGHTS // 2 - 1, torch.bfloat16, WEIGHTS // 2),
+    ],
+)
+def test_a_tier_that_needs_more_than_its_budget_is_refused(
+    host: str, budget: int, dtype: torch.dtype | None, needed: int, checkpoint: Path
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "pager": "frames", "page_size": PAGE}
+    manager = MemoryManager(cap=4 * PAGE, host=host, host_budget=min(budget, needed - 1), **options)
+    with pytest.raises(CapExceededError, match=r"host_budget allows .*: raise it") as caught:
+        manager.register("m", lambda: stack().eval(), checkpoint, dtype=dtype)
+    assert (caught.value.requested, caught.value.cap) == (needed, min(budget, needed - 1))
+    assert manager.stats().used == 0
+    assert not manager.stats().models
+    enough = MemoryManager(cap=4 * PAGE, host=host, host_budget=needed, **options)
+    enough.register("m", lambda: stack().eval(), checkpoint, dtype=dtype)
+    with torch.no_grad(), enough.use("m") as module:
+        for _ in range(3):
+            wanted = build(stack).to(dtype or torch.float32)
+            assert same_bits(module(X.to(dtype)), wanted(X.to(dtype)))
+
+
+def test_a_loaded_module_keeps_to_the_budget_too() -> None:
+    manager = MemoryManager(
+        cap=4 * PAGE, device="cpu", pager="frames", page_size=PAGE, host_budget=WEIGHTS - 1
+    )
+    model = build(stack)
+    with pytest.raises(CapExceededError, match="register the model with its checkpoint"):
+        manager.adopt("m", model)
+    assert same_bits(model(X), build(stack)(X))
+
+
+@pytest.mark.parametrize(("budget", "tier"), [(WEIGHTS, "pinned"), (WEIGHTS - 1, "stream")])
+def test_a_mapping_that_fails_leaves_the_budget_to_decide(
+    budget: int, tier: str, checkpoint: Path
+) -> None:
+    device = _core.FaultyDevice(_core.open_device("cpu"))
+    manager = MemoryManager(
+        cap=4 * PAGE, device=device, pager="frames", page_size=PAGE, host="mapped",
+        host_budget=budget,
+    )  # fmt: skip
+    device.fail_nth_call_of("host_register", 0)
+    manager.register("m", lambda: stack().eval(), checkpoint)
+    assert manager.stats().models["m"].memory.host_tier == tier
+    with torch.no_grad(), manager.use("m") as module:
+        assert same_bits(module(X), build(stack)(X))
+
+
 @pytest.mark.parametrize("host", ["pinned", "mapped", "stream"])
 def test_changes_are_kept_or_refused(host: str, checkpoint: Path) -> None:
     plain = build(stack)
@@ -392,7 +453,7 @@ def test_file_that_shrinks_is_an_error_of_the_call_and_the_manager_stays_usable(
     path = tmp_path / "m.safetensors"
     save_file(state_of(plain), path)
     manager = MemoryManager(
-        cap=4 * PAGE, device="cpu", pager="frames", host="stream", host_budget="512KiB",
+        cap=4 * PAGE, device="cpu", pager="frames", host="stream", host_budget="1MiB",
         page_size=PAGE,
     )  # fmt: skip
     manager.register("m", lambda: stack(40).eval(), path)

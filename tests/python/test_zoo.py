@@ -736,7 +736,7 @@ def test_statistics_that_a_forward_writes_are_kept(pager: str) -> None:
 
     model = build(builder).train()
     manager = manager_with(
-        builder, state_of(model), cap=256 * KIB, pager=pager, writable=pager == "managed"
+        builder, state_of(model), cap=320 * KIB, pager=pager, writable=pager == "managed"
     )
     for seed in range(4):
         x = noise(5, width, seed=seed)

@@ -29,13 +29,14 @@ from penstock.bench.measure import (
     time_passes,
     timed,
 )
-from penstock.bench.models import build, llama_config, require_transformers
+from penstock.bench.models import build, llama_config
 from penstock.bench.options import CaseOptions
 from penstock.bench.ours import load_penstock
 from penstock.bench.peers import load_accelerate, load_diffusers, load_resident
 from penstock.bench.subject import Loader, Subject, UnavailableError
 from penstock.bench.triple_buffer import load_triple_buffer
 from penstock.errors import PenstockError
+from penstock.extras import require_transformers
 
 __all__ = ["main", "measure"]
 
@@ -57,7 +58,7 @@ def measure(kind: str, options: CaseOptions) -> dict[str, Any]:
     dict
         Figures: sizes in bytes, times in seconds, rates in bytes per second.
     """
-    require_transformers()
+    require_transformers("the benchmark's model", "bench")
     device = torch.device(options.device)
     ids = make_ids(options, options.prompt or 16)
     figures: dict[str, Any] = {}

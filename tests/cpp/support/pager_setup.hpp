@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "device/faulty_device.hpp"
+#include "error/error.hpp"
 #include "pager/managed_pager.hpp"
+#include "support/child.hpp"
 #include "support/files.hpp"
 #include "support/spying_device.hpp"
 
@@ -59,6 +61,23 @@ inline Pages take_stock(ManagedPager& pager, ManagedRegion& region) {
     if (pager.evict(region, {page}) > 0) found.push_back(page);
   }
   return found;
+}
+
+/// Uses the pager in a forked child, which lets go of region and pager then. @return whether the
+/// child was told that it cannot, and left cleanly.
+inline bool forked_child_is_told(PagerSetup& setup, std::shared_ptr<ManagedRegion>& region,
+                                 PageIndex page) {
+  const ChildEnd child = run_in_child([&] {
+    try {
+      setup.pager->begin(*region, {page}, kCaller);
+      return 1;
+    } catch (const Error&) {
+    }
+    region.reset();
+    setup.pager.reset();
+    return 0;
+  });
+  return child.signal == 0 && child.exit_code == 0;
 }
 
 /// Fills the region with a pattern, resident or not.

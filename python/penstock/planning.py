@@ -1,0 +1,151 @@
+"""When a running model is planned for, for which orders, and by which times.
+
+The first plan is for the order in which modules are listed: a guess. From the first passes on it is
+for the order that is followed, and where entry points alternate (an encoder and a decoder), for
+two of them together, until one is called several times in a row. A plan for one order is made once
+more when a pass was traced, with the times that its steps took; then it is settled.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from enum import Enum
+
+from penstock import _core
+from penstock.errors import CapExceededError
+from penstock.memory import ModelMemory
+from penstock.sizes import format_bytes
+from penstock.steps import Order, Steps
+
+__all__ = ["Planning", "too_large"]
+
+_REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
+
+
+class _Phase(Enum):
+    """How well the plan fits the order that is followed."""
+
+    PLANNED = 1  # without knowing how long steps take
+    TRACING = 2
+    TRACED = 3
+    SETTLED = 4
+
+
+class Planning:
+    """Has a model's memory arranged for the passes that are expected.
+
+    Parameters
+    ----------
+    name
+        The model's, for messages.
+    trace
+        Whether times are taken of every pass anyway.
+    """
+
+    def __init__(self, name: str, steps: Steps, memory: ModelMemory, *, trace: bool) -> None:
+        self._name = name
+        self._steps = steps
+        self._memory = memory
+        self._trace = trace
+        self._orders: list[Order] = []  # planned for
+        self._previous: Order | None = None  # of the pass before
+        self._repeats = 0
+        self._phase = _Phase.PLANNED
+
+    def settled(self, order: Order) -> bool:
+        """Whether the plan is for this order alone, and by its times."""
+        return self._phase is _Phase.SETTLED and self._orders == [order]
+
+    def least_frames(self, order: Order) -> int:
+        """Return the fewest pages that have to be in place at once.
+
+        Parameters
+        ----------
+        order
+            What is expected, should nothing have been planned for yet.
+        """
+        orders = self._orders or [order]
+        pages = [used for each in orders for used in self._steps.pages_in_use(each)]
+        return _core.least_frames(self._memory.page_count, pages)
+
+    def renew(self, order: Order, *, guess: bool) -> None:
+        """Plan anew, as what the model may use has changed.
+
+        Parameters
+        ----------
+        order
+            What is expected, should nothing have been planned for yet.
+        guess
+            Whether nothing has run yet.
+
+        Raises
+        ------
+        CapExceededError
+            If a step cannot run in what the model may use.
+        """
+        self._plan_for(self._orders or [order])
+        if guess:
+            self._orders = []
+
+    def improve(self, order: Order, *, steady: bool) -> None:
+        """Plan for the order of the pass that has ended, or by its times, where that is better.
+
+        Parameters
+        ----------
+        steady
+            Whether the pass was as expected, or observed.
+        """
+        self._repeats = self._repeats + 1 if self._previous is order else 0
+        previous, self._previous = self._previous, order
+        with suppress(CapExceededError):  # this pass is done; the next says which step is too large
+            if steady and order not in self._orders:
+                together = (previous or order, order)
+                self._plan_for(list(dict.fromkeys(together)))
+            elif len(self._orders) > 1 and self._repeats >= _REPEATS:
+                self._plan_for([order])
+            elif self._orders == [order]:
+                self._improve_by_times(order)
+
+    def _plan_for(self, orders: list[Order]) -> None:
+        pages = [used for order in orders for used in self._steps.pages_in_use(order)]
+        try:
+            self._memory.arrange(pages, ())
+        except CapExceededError as error:
+            places = [place for order in orders for place in order.places]
+            (step, _), largest = max(zip(places, pages, strict=True), key=lambda each: len(each[1]))
+            step_name = self._steps.name(step)
+            nbytes = len(largest) * self._memory.pager.page_size
+            raise too_large(self._name, step_name, nbytes, error) from None
+        self._orders = orders
+        self._phase = _Phase.PLANNED
+
+    def _improve_by_times(self, order: Order) -> None:
+        streamer = self._memory.streamer
+        if self._phase is _Phase.PLANNED:
+            streamer.set_trace(True)
+            self._phase = _Phase.TRACING
+        elif self._phase is _Phase.TRACING:
+            streamer.set_trace(self._trace)
+            self._phase = _Phase.TRACED
+        elif self._phase is _Phase.TRACED:
+            seconds = streamer.step_seconds()
+            if seconds:
+                seconds += [0.0] * (len(order.places) - len(seconds))
+                self._memory.arrange(self._steps.pages_in_use(order), seconds[: len(order.places)])
+                self._phase = _Phase.SETTLED
+
+
+def too_large(model: str, step: str, nbytes: int, error: CapExceededError) -> CapExceededError:
+    """Say which step does not fit, and why.
+
+    Parameters
+    ----------
+    nbytes
+        What it reads at once, in whole pages.
+    """
+    return CapExceededError(
+        f"model {model!r}: step {step!r} reads {format_bytes(nbytes)} at once. {error}",
+        requested=error.requested,
+        cap=error.cap,
+        used=error.used,
+    )
