@@ -826,7 +826,7 @@ def test_view_that_a_module_keeps_from_its_first_call_stays_right(pager: str) ->
 
 def test_entry_points_do_not_disturb_each_other() -> None:
     trial = Trial(ZOO["several entry points"], NARROW, 64 * KIB)
-    manager: penstock.MemoryManager = trial.manager(200 * KIB)
+    manager: penstock.MemoryManager = trial.manager(264 * KIB)
     with torch.no_grad(), manager.use("m") as model:
         wanted = {
             name: getattr(trial.model, name)(noise(2, NARROW)) for name in ("encode", "decode")
