@@ -113,10 +113,10 @@ void Arena::settle(Block* quick) {
 void Arena::give(Block* block, std::uint64_t sequence) {
   block->state = BlockState::kQuick;
   block->sequence = sequence;
-  for (Block* other = quick_.put(block); other != nullptr;) {
-    Block* next = other->next;
-    settle(other);
-    other = next;
+  for (Block* done = quick_.put(block); done != nullptr;) {
+    Block* next = done->next;
+    settle(done);
+    done = next;
   }
 }
 

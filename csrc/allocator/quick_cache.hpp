@@ -1,12 +1,13 @@
 // Blocks that were just freed, by exact size, last in first out: models ask for the same sizes over
-// and over, and this answers without looking for room, splitting or joining. Sizes share a fixed
-// number of slots; a size that comes to a slot pushes the other one out. Not thread-safe.
+// and over, and this answers without looking for room, splitting or joining. A size is kept from
+// the second time on that it comes, so that sizes that come once do not break up what is free.
+// Sizes share a fixed number of slots; one that is asked for is not pushed out by one that comes
+// once in a while. Not thread-safe.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 #include "allocator/block.hpp"
 
@@ -20,23 +21,30 @@ class QuickCache {
     if (slot.nbytes != nbytes || slot.first == nullptr) return nullptr;
     Block* block = slot.first;
     slot.first = block->next;
+    slot.credit = kMostCredit;
     --count_;
     return block;
   }
 
-  /// Keeps a block. @return blocks of another size, linked by `next`, that have to go.
+  /// Keeps a block, or not. @return blocks, linked by `next`, that are not kept: this one, and
+  /// those of a size whose slot it takes.
   [[nodiscard]] Block* put(Block* block) noexcept {
     Slot& slot = slot_of(block->nbytes);
-    Block* pushed_out = nullptr;
-    if (slot.nbytes != block->nbytes) {
-      pushed_out = std::exchange(slot.first, nullptr);
-      for (const Block* at = pushed_out; at != nullptr; at = at->next) --count_;
-      slot.nbytes = block->nbytes;
+    if (slot.nbytes == block->nbytes) {
+      block->next = slot.first;
+      slot.first = block;
+      ++count_;
+      return nullptr;
+    }
+    block->next = nullptr;
+    if (slot.first != nullptr && slot.credit > 0) {
+      --slot.credit;
+      return block;
     }
     block->next = slot.first;
-    slot.first = block;
-    ++count_;
-    return pushed_out;
+    for (const Block* at = slot.first; at != nullptr; at = at->next) --count_;
+    slot = {block->nbytes, nullptr, 0};
+    return block;
   }
 
   /// Hands every block to `visit` and keeps none.
@@ -55,9 +63,11 @@ class QuickCache {
 
  private:
   static constexpr std::size_t kSlots = 256;
+  static constexpr std::uint32_t kMostCredit = 8;
   struct Slot {
     std::size_t nbytes = 0;
     Block* first = nullptr;
+    std::uint32_t credit = 0;  ///< How often other sizes may come before they take the slot.
   };
 
   Slot& slot_of(std::size_t nbytes) noexcept {

@@ -245,6 +245,7 @@ TEST(AllocatorPools, NothingIsRecordedOnAStreamThatCaptures) {
 }
 
 TEST(AllocatorPools, BlockThatWasRecordedInACaptureIsHeldUntilItsEnd) {
+  Gate busy;
   StreamsSetup setup(4);
   CachingAllocator& allocator = *setup.allocator;
   allocator.begin_pool(kPool, only(setup.first.get()));
@@ -258,8 +259,10 @@ TEST(AllocatorPools, BlockThatWasRecordedInACaptureIsHeldUntilItsEnd) {
   setup.spy->set_capturing(setup.first.get(), false);
   setup.spy->set_capturing(setup.second.get(), false);
   // Requests that miss look at what is held: the first one can record, the second one is told.
+  run_on(setup.second.get(), [&] { busy.wait(); });
   allocator.free(setup.take(2 * kMiB, setup.first.get()));
   EXPECT_EQ(allocator.stats().side(Side::kAll).active.current, 2);
+  busy.open();
   setup.settle();
   allocator.free(setup.take(3 * kMiB, setup.first.get()));
   EXPECT_EQ(allocator.stats().side(Side::kAll).active.current, 1);
