@@ -52,8 +52,8 @@ TEST(AllocatorStreams, StreamsDoNotShareBlocks) {
 }
 
 TEST(AllocatorStreams, RecordedBlockWaitsForTheWorkOfTheOtherStream) {
-  StreamsSetup setup(2);
   Gate busy;
+  StreamsSetup setup(2);
   void* block = setup.take(kMiB, setup.first.get());
   setup.allocator->record_stream(block, setup.second.get());
   setup.allocator->record_stream(block, setup.second.get());
@@ -74,14 +74,15 @@ TEST(AllocatorStreams, RecordedBlockWaitsForTheWorkOfTheOtherStream) {
 }
 
 TEST(AllocatorStreams, WorkGivenAfterTheFreeIsNotWaitedFor) {
-  StreamsSetup setup(2);
   Gate busy;
+  StreamsSetup setup(2);
   void* block = setup.take(kMiB, setup.first.get());
   setup.allocator->record_stream(block, setup.second.get());
   setup.allocator->free(block);
   setup.spy->stream_synchronize(setup.second.get());
   run_on(setup.second.get(), [&] { busy.wait(); });
   EXPECT_EQ(setup.take(kMiB, setup.first.get()), block);
+  busy.open();
 }
 
 TEST(AllocatorStreams, OwnStreamNeedsNoRecord) {
@@ -119,8 +120,8 @@ TEST(AllocatorStreams, FramesMoveToAnotherStreamAfterTheWorkOnThem) {
 }
 
 TEST(AllocatorStreams, GivingBackWaitsForTheStreamAndHoldsNobodyUp) {
-  StreamsSetup setup(3);
   Gate busy;
+  StreamsSetup setup(3);
   void* block = setup.take(2 * kFrame, setup.first.get());
   run_on(setup.first.get(), [&] { busy.wait(); });
   setup.writer.write(block, 2 * kFrame, setup.first.get());
