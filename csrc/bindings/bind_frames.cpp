@@ -33,7 +33,12 @@ void bind_frames(py::module_& module) {
       module, "FramePool", "Makes frames of device memory, under a budget. Thread-safe.")
       .def(py::init(&FramePool::create), py::arg("device"), py::arg("budget"),
            py::arg("frame_size"))
-      .def_property_readonly("frame_size", &FramePool::frame_size);
+      .def_property_readonly("frame_size", &FramePool::frame_size)
+      .def(
+          "make_room",
+          [](const FramePool& pool, std::size_t nbytes) { return pool.make_room(nbytes, nullptr); },
+          py::arg("nbytes"), without_gil,
+          "Ask those who hold frames for room; return whether the bytes can be charged now.");
 
   py::class_<FramesStats>(module, "FramesStats", "What a region of frames has done.")
       .def_readonly("loaded_bytes", &FramesStats::loaded_bytes)

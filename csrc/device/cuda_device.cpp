@@ -99,6 +99,11 @@ MemoryInfo CudaDevice::memory_info() {
   return info;
 }
 
+void CudaDevice::synchronize() {
+  const SelectDevice selected(info_.ordinal);
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
 StreamHandle CudaDevice::stream_create() {
   const SelectDevice selected(info_.ordinal);
   cudaStream_t stream = nullptr;
@@ -113,6 +118,27 @@ void CudaDevice::stream_destroy(StreamHandle stream) {
 void CudaDevice::stream_synchronize(StreamHandle stream) {
   const SelectDevice selected(info_.ordinal);
   check(cudaStreamSynchronize(native(stream)), "cudaStreamSynchronize");
+}
+
+bool CudaDevice::stream_capturing(StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t result = cudaStreamIsCapturing(native(stream), &status);
+  if (result == cudaErrorStreamCaptureImplicit) {  // the default stream, beside one that captures
+    static_cast<void>(cudaGetLastError());
+    return true;
+  }
+  check(result, "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+CaptureMode CudaDevice::exchange_capture_mode(CaptureMode mode) {
+  cudaStreamCaptureMode native_mode = cudaStreamCaptureModeGlobal;
+  if (mode == CaptureMode::kThreadLocal) native_mode = cudaStreamCaptureModeThreadLocal;
+  if (mode == CaptureMode::kRelaxed) native_mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&native_mode), "cudaThreadExchangeStreamCaptureMode");
+  if (native_mode == cudaStreamCaptureModeThreadLocal) return CaptureMode::kThreadLocal;
+  return native_mode == cudaStreamCaptureModeRelaxed ? CaptureMode::kRelaxed : CaptureMode::kGlobal;
 }
 
 EventHandle CudaDevice::event_create(Timing timing) {

@@ -53,6 +53,10 @@ enum class Timing : bool { kOff, kOn };
 /// What the device may do with host memory that is registered.
 enum class HostAccess : bool { kReadWrite, kReadOnly };
 
+/// While a stream captures, calls that could disturb it are refused, in each thread or in the one
+/// that captures only; kRelaxed lets the thread's own calls through.
+enum class CaptureMode : std::uint8_t { kGlobal, kThreadLocal, kRelaxed };
+
 enum class DeviceKind : std::uint8_t { kHost, kCuda };
 
 /// What a device is. Sizes in bytes.
@@ -83,10 +87,20 @@ class Device {
   virtual DeviceInfo info() const = 0;
   virtual MemoryInfo memory_info() = 0;
 
+  /// Blocks the caller until all work given to the device so far is over, also of streams that are
+  /// not known any more. Not for while a stream captures. @throws what work threw, where that is
+  /// seen.
+  virtual void synchronize() = 0;
+
   // Streams and events.
   virtual StreamHandle stream_create() = 0;
   virtual void stream_destroy(StreamHandle stream) = 0;
   virtual void stream_synchronize(StreamHandle stream) = 0;
+  /// Whether work given to the stream is written down for a graph and not run. Events must not be
+  /// recorded on it then for anything outside of the graph.
+  virtual bool stream_capturing(StreamHandle stream) = 0;
+  /// Which calls of this thread are refused while a stream captures. @return what held before.
+  virtual CaptureMode exchange_capture_mode(CaptureMode mode) = 0;
   virtual EventHandle event_create(Timing timing) = 0;
   virtual void event_destroy(EventHandle event) = 0;
   /// The event now stands for all work given to `stream` so far.

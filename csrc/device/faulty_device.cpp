@@ -64,6 +64,10 @@ MemoryInfo FaultyDevice::memory_info() {
   enter("memory_info");
   return inner_->memory_info();
 }
+void FaultyDevice::synchronize() {
+  enter("synchronize");
+  inner_->synchronize();
+}
 StreamHandle FaultyDevice::stream_create() {
   enter("stream_create");
   return inner_->stream_create();
@@ -75,6 +79,13 @@ void FaultyDevice::stream_destroy(StreamHandle stream) {
 void FaultyDevice::stream_synchronize(StreamHandle stream) {
   enter("stream_synchronize");
   inner_->stream_synchronize(stream);
+}
+bool FaultyDevice::stream_capturing(StreamHandle stream) {
+  enter("stream_capturing");
+  return inner_->stream_capturing(stream);
+}
+CaptureMode FaultyDevice::exchange_capture_mode(CaptureMode mode) {
+  return inner_->exchange_capture_mode(mode);  // cannot fail, and is not counted
 }
 EventHandle FaultyDevice::event_create(Timing timing) {
   enter("event_create");

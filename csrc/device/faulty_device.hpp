@@ -32,9 +32,12 @@ class FaultyDevice : public Device {
 
   DeviceInfo info() const override { return inner_->info(); }
   MemoryInfo memory_info() override;
+  void synchronize() override;
   StreamHandle stream_create() override;
   void stream_destroy(StreamHandle stream) override;
   void stream_synchronize(StreamHandle stream) override;
+  bool stream_capturing(StreamHandle stream) override;
+  CaptureMode exchange_capture_mode(CaptureMode mode) override;
   EventHandle event_create(Timing timing) override;
   void event_destroy(EventHandle event) override;
   void event_record(EventHandle event, StreamHandle stream) override;

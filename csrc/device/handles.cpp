@@ -61,4 +61,8 @@ AddressRange::~AddressRange() {
   release_quietly(*device_, [&] { device_->address_release(address_, nbytes_); });
 }
 
+RelaxedCapture::~RelaxedCapture() {
+  release_quietly(device_, [&] { device_.exchange_capture_mode(before_); });
+}
+
 }  // namespace penstock

@@ -68,4 +68,19 @@ class AddressRange {
   std::byte* address_;
 };
 
+/// Lets the calling thread's calls through while a stream captures, for as long as it lives: for
+/// calls that touch no stream that captures.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(Device& device)
+      : device_(device), before_(device.exchange_capture_mode(CaptureMode::kRelaxed)) {}
+  ~RelaxedCapture();
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  Device& device_;
+  CaptureMode before_;
+};
+
 }  // namespace penstock

@@ -7,10 +7,12 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "device/host_mapping.hpp"
 #include "device/host_stream.hpp"
@@ -71,16 +73,50 @@ MemoryInfo HostDevice::memory_info() {
   return info;
 }
 
+void HostDevice::synchronize() {
+  std::vector<std::shared_ptr<Completion>> ends;
+  {
+    const std::lock_guard lock(streams_mutex_);
+    for (HostStream* stream : streams_) {
+      HostEvent event;
+      stream->record(event);
+      ends.push_back(event.latest());
+    }
+  }
+  std::exception_ptr error;
+  for (const auto& end : ends) {
+    try {
+      end->wait();
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
 StreamHandle HostDevice::stream_create() {
-  return {std::make_unique<HostStream>().release()};
+  auto stream = std::make_unique<HostStream>();
+  const std::lock_guard lock(streams_mutex_);
+  streams_.insert(stream.get());
+  return {stream.release()};
 }
 
 void HostDevice::stream_destroy(StreamHandle stream) {
   const std::unique_ptr<HostStream> owned(stream_of(stream));
+  const std::lock_guard lock(streams_mutex_);
+  streams_.erase(owned.get());
 }
 
 void HostDevice::stream_synchronize(StreamHandle stream) {
   if (HostStream* worker = stream_of(stream)) worker->synchronize();
+}
+
+bool HostDevice::stream_capturing(StreamHandle /*stream*/) {
+  return false;
+}
+
+CaptureMode HostDevice::exchange_capture_mode(CaptureMode /*mode*/) {
+  return CaptureMode::kGlobal;
 }
 
 EventHandle HostDevice::event_create(Timing /*timing*/) {

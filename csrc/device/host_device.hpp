@@ -6,11 +6,14 @@
 #pragma once
 
 #include <map>
+#include <set>
 
 #include "device/device.hpp"
 #include "device/host_memory.hpp"
 
 namespace penstock {
+
+class HostStream;
 
 class HostDevice : public Device {
  public:
@@ -19,10 +22,13 @@ class HostDevice : public Device {
 
   DeviceInfo info() const override;
   MemoryInfo memory_info() override;
+  void synchronize() override;
 
   StreamHandle stream_create() override;
   void stream_destroy(StreamHandle stream) override;
   void stream_synchronize(StreamHandle stream) override;
+  bool stream_capturing(StreamHandle stream) override;
+  CaptureMode exchange_capture_mode(CaptureMode mode) override;
   EventHandle event_create(Timing timing) override;
   void event_destroy(EventHandle event) override;
   void event_record(EventHandle event, StreamHandle stream) override;
@@ -64,6 +70,8 @@ class HostDevice : public Device {
   FramePlace frame_place(FrameHandle frame);
 
   HostMemory managed_;
+  std::mutex streams_mutex_;
+  std::set<HostStream*> streams_;
   std::mutex frames_mutex_;
   int frames_descriptor_ = -1;
   std::uint64_t frames_end_ = 0;

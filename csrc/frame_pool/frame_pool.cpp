@@ -62,4 +62,12 @@ std::optional<Frame> FramePool::try_take(Tag tag) const {
   return Frame(shared_from_this(), handle, tag);
 }
 
+void FramePool::add_source(std::weak_ptr<RoomSource> source, RoomRank rank) {
+  room_.add_source(std::move(source), rank);
+}
+
+bool FramePool::make_room(std::size_t nbytes, const RoomSource* asking) const {
+  return room_.make_room(nbytes, asking, *budget_, *device_);
+}
+
 }  // namespace penstock

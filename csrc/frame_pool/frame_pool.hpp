@@ -2,7 +2,8 @@
 // them: each is charged to the budget before the device is asked for it, and given back, memory
 // first and charge second, when its owner lets go of it. Who maps a frame unmaps it before that, or
 // the memory outlives its charge. Making a frame costs well under a millisecond per GiB, so nothing
-// is kept in reserve: the cap belongs to whoever needs it next. Thread-safe.
+// is kept in reserve: the cap belongs to whoever needs it next. Who is refused one may ask for
+// room, holding no lock (see room.hpp). Thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 #include "budget/budget.hpp"
 #include "device/device.hpp"
+#include "frame_pool/room.hpp"
 
 namespace penstock {
 
@@ -50,6 +52,13 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
   /// A frame, or none where the cap does not allow one. @throws DeviceError
   std::optional<Frame> try_take(Tag tag) const;
 
+  /// Adds somebody who can give frames back. Held weakly.
+  void add_source(std::weak_ptr<RoomSource> source, RoomRank rank);
+  /// Asks those who can give for room, in the order of ranks, until `nbytes` are free. The caller
+  /// holds no lock of its own. @param asking  Who is not asked; may be null.
+  /// @return whether `nbytes` can be charged now; somebody else may be faster.
+  bool make_room(std::size_t nbytes, const RoomSource* asking) const;
+
   const std::shared_ptr<Device>& device() const noexcept { return device_; }
   Budget& budget() const noexcept { return *budget_; }
   std::size_t frame_size() const noexcept { return frame_size_; }
@@ -61,6 +70,7 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
   std::shared_ptr<Device> device_;
   std::shared_ptr<Budget> budget_;
   std::size_t frame_size_;
+  RoomMaker room_;
 };
 
 }  // namespace penstock

@@ -141,6 +141,30 @@ TEST_P(DeviceContract, EventThatWasNeverRecordedIsDone) {
   device_->stream_synchronize(stream.get());
 }
 
+TEST_P(DeviceContract, SynchronizeWaitsForAllStreams) {
+  const std::size_t nbytes = 4 * kUnit;
+  const Bytes bytes = pattern(nbytes, 1);
+  const Pinned source(*device_, nbytes);
+  const Pinned first_target(*device_, nbytes);
+  const Pinned second_target(*device_, nbytes);
+  source.write(bytes);
+  const OwnedStream first(device_);
+  const OwnedStream second(device_);
+  device_->copy(first_target.address(), source.address(), nbytes, first.get());
+  device_->copy(second_target.address(), source.address(), nbytes, second.get());
+  device_->synchronize();
+  EXPECT_EQ(first_target.bytes(), bytes);
+  EXPECT_EQ(second_target.bytes(), bytes);
+}
+
+TEST_P(DeviceContract, NothingCapturesUnlessToldTo) {
+  const OwnedStream stream(device_);
+  EXPECT_FALSE(device_->stream_capturing(stream.get()));
+  EXPECT_FALSE(device_->stream_capturing(kNull));
+  const RelaxedCapture relaxed(*device_);
+  EXPECT_FALSE(device_->stream_capturing(stream.get()));
+}
+
 TEST_P(DeviceContract, NullStreamIsAnOrderOfItsOwn) {
   const Bytes bytes = pattern(kUnit, 1);
   const Pinned source(*device_, kUnit);

@@ -21,6 +21,8 @@ MAY_INCLUDE = {
     "page_table": {"error"},
     "planner": {"page_table", "error"},
     "frame_pool": {"budget", "device", "error"},
+    "allocator": {"frame_pool", "budget", "device", "threading", "error"},
+    "torch_allocator": {"allocator", "frame_pool", "budget", "device", "threading", "error"},
     "loader": {"device", "error", "threading"},
     "host_tier": {"loader", "page_table", "device", "error", "threading"},
     "pager": {

@@ -1,0 +1,187 @@
+// How the allocator finds room: private pools, whose frames stay, and taking cached frames away
+// from where they are, which waits for the streams that may still use them.
+#include <algorithm>
+#include <exception>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "allocator/caching_allocator.hpp"
+
+namespace penstock {
+
+// ---- private pools -----------------------------------------------------------------------------
+
+namespace {
+
+std::string name_of(PoolId id) {
+  return "pool (" + std::to_string(id.first) + ", " + std::to_string(id.second) + ")";
+}
+
+}  // namespace
+
+void CachingAllocator::begin_pool(PoolId id, StreamFilter filter) {
+  const std::lock_guard lock(mutex_);
+  for (const Begun& begun : begun_) {
+    if (begun.pool->id == id) throw std::invalid_argument(name_of(id) + " is begun already");
+  }
+  auto& pool = private_[id];
+  if (!pool) {
+    pool = std::make_unique<BlockPool>();
+    pool->is_private = true;
+    pool->id = id;
+  }
+  begun_.push_back({pool.get(), std::move(filter)});
+  ++pool->uses;
+}
+
+void CachingAllocator::end_pool(PoolId id) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find_if(begun_.begin(), begun_.end(),
+                                  [&](const Begun& begun) { return begun.pool->id == id; });
+  if (found == begun_.end()) throw std::invalid_argument(name_of(id) + " is not begun");
+  begun_.erase(found);
+}
+
+void CachingAllocator::release_pool(PoolId id) {
+  const std::lock_guard lock(mutex_);
+  const auto found = private_.find(id);
+  if (found == private_.end() || found->second->uses == 0) {
+    throw std::invalid_argument(name_of(id) + " has no users");
+  }
+  --found->second->uses;
+  drop_empty_pools();
+}
+
+void CachingAllocator::drop_empty_pools() {
+  for (auto at = private_.begin(); at != private_.end();) {
+    const BlockPool& pool = *at->second;
+    const bool begun = std::any_of(begun_.begin(), begun_.end(),
+                                   [&](const Begun& other) { return other.pool == &pool; });
+    const bool empty = !begun && pool.may_give() && pool.frame_count() == 0;
+    at = empty ? private_.erase(at) : std::next(at);
+  }
+}
+
+// ---- cached frames -----------------------------------------------------------------------------
+
+// The runs whose use is the longest ago first.
+std::vector<CachedRun> CachingAllocator::find_cached(const Growth* kept) {
+  std::vector<CachedRun> runs;
+  for_each_pool([&](BlockPool& pool) {
+    // A graph may have run on any stream, which takes a wait for the whole device to know, and
+    // that is not allowed while something captures.
+    if (!pool.may_give() || (pool.is_private && !begun_.empty())) return;
+    for (const auto& [stream, heap] : pool.heaps) {
+      const std::size_t before = runs.size();
+      heap->for_each_arena([&](Arena& arena) {
+        arena.flush();
+        arena.find_cached(kept, runs);
+      });
+      if (runs.size() > before && device_->stream_capturing(heap->stream())) runs.resize(before);
+    }
+  });
+  std::sort(runs.begin(), runs.end(), [](const CachedRun& a, const CachedRun& b) {
+    return a.block->sequence < b.block->sequence;
+  });
+  return runs;
+}
+
+void CachingAllocator::wait_quietly(const Event& event) {
+  try {
+    device_->event_synchronize(event->get());
+  } catch (const std::exception& error) {
+    // Work that failed uses nothing any more; only a wait that failed is an error.
+    if (!device_->event_done(event->get())) throw;
+    device_->suppress(error.what());
+  }
+}
+
+void CachingAllocator::wait_until_unused(Lock& lock, const std::vector<Block*>& leaving) {
+  std::vector<void*> streams;
+  bool whole_device = false;
+  for (const Block* block : leaving) {
+    whole_device = whole_device || block->arena->pool().is_private;
+    streams.push_back(block->arena->stream().value);
+  }
+  std::sort(streams.begin(), streams.end());
+  streams.erase(std::unique(streams.begin(), streams.end()), streams.end());
+  std::vector<Event> events;
+  for (void* stream : streams) {
+    if (!whole_device) events.push_back(events_.record({stream}));
+  }
+  lock.unlock();
+  for (const Event& event : events) wait_quietly(event);
+  if (whole_device) {
+    try {
+      device_->synchronize();
+    } catch (const std::exception& error) {
+      device_->suppress(error.what());  // of work that failed, it may be: that is told once
+      device_->synchronize();
+    }
+  }
+  lock.lock();
+}
+
+std::size_t CachingAllocator::reclaim(Lock& lock, std::size_t count, const Growth* kept,
+                                      std::vector<Frame>& frames) {
+  const std::size_t had = frames.size();
+  std::vector<Block*> leaving;
+  const std::vector<CachedRun> runs = find_cached(kept);
+  leaving.reserve(runs.size());
+  for (const CachedRun& run : runs) {
+    if (count == 0) break;
+    const std::size_t taken = std::min(count, run.frames);
+    leaving.push_back(run.block->arena->cut(run, taken));
+    count -= taken;
+  }
+  if (leaving.empty()) return 0;
+  std::size_t settled = 0;  // of `leaving`, by a call of unmap that also cleans up after itself
+  try {
+    wait_until_unused(lock, leaving);
+    while (settled < leaving.size()) {
+      Block* block = leaving[settled++];
+      block->arena->unmap(block, frames);
+    }
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    for (; settled < leaving.size(); ++settled) leaving[settled]->arena->restore(leaving[settled]);
+    throw;
+  }
+  drop_empty_pools();
+  return frames.size() - had;
+}
+
+bool CachingAllocator::wait_for_held(Lock& lock) {
+  const std::vector<Event> events = held_.pending();
+  if (events.empty()) return false;
+  lock.unlock();
+  for (const Event& event : events) wait_quietly(event);
+  lock.lock();
+  return true;
+}
+
+std::size_t CachingAllocator::give_frames(std::size_t count) {
+  const RelaxedCapture relaxed(*device_);
+  std::vector<Frame> frames;
+  Lock lock(mutex_);
+  retire();
+  reclaim(lock, count, nullptr, frames);
+  if (frames.size() < count && wait_for_held(lock)) {
+    retire();
+    reclaim(lock, count - frames.size(), nullptr, frames);
+  }
+  lock.unlock();
+  return frames.size() * parts_.frame_size;
+}
+
+std::size_t CachingAllocator::give_back(std::size_t nbytes) {
+  const std::size_t frame = parts_.frame_size;
+  return give_frames(nbytes / frame + (nbytes % frame == 0 ? 0 : 1));
+}
+
+std::size_t CachingAllocator::empty_cache() {
+  return give_frames(std::numeric_limits<std::size_t>::max());
+}
+
+}  // namespace penstock

@@ -1,0 +1,165 @@
+// The allocator gives out device memory for whatever is not weights, out of frames that are charged
+// to the cap like all others, and keeps what is freed for the next request.
+//
+// Stream order: a block belongs to the stream that it was asked for on. Once freed it may be handed
+// out again at once on that stream, because work given to the stream later runs later. Where other
+// streams use it too, they are recorded, and it is held back after `free` until the work that they
+// had been given by then is over.
+//
+// Where memory comes from, in this order: a block of the very size that was just freed; the best
+// fit among what is mapped for the stream; new frames, while the cap allows; frames that this
+// allocator holds for other streams or at other addresses and that nobody uses, after their
+// stream's work is over; blocks that are held back, after a wait; frames of others (RoomSource).
+// Only then is a request refused, and nothing has changed but that caches are smaller.
+//
+// Private pools: while one is begun, requests on the streams that its filter names are served from
+// arenas of its own, because a graph that is captured there uses their addresses whenever it is
+// replayed. Nothing of a pool goes elsewhere until it is released as often as it was begun and all
+// its blocks are free.
+//
+// Locks: one mutex, held for bookkeeping, for mapping, and for recording events; never while
+// waiting for the device and never while asking others for room. As with all sources of room, who
+// calls `allocate` holds no lock that a source takes. Streams outlive the blocks and the cached
+// frames that were taken on them. Thread-safe.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "allocator/arena.hpp"
+#include "allocator/heap.hpp"
+#include "allocator/hold_back.hpp"
+#include "allocator/pressure_turn.hpp"
+#include "error/error.hpp"
+#include "frame_pool/frame_pool.hpp"
+
+namespace penstock {
+
+struct AllocatorOptions {
+  /// Addresses reserved at a time, by side; 0: as suits the device. More where a block needs more.
+  std::size_t small_arena_bytes = 0;
+  std::size_t large_arena_bytes = 0;
+};
+
+/// A block that somebody has.
+struct LiveBlock {
+  void* address = nullptr;
+  std::size_t nbytes = 0;
+  std::size_t requested = 0;
+  StreamHandle stream;
+  std::uint64_t sequence = 0;  ///< Grows with time.
+  PoolId pool;                 ///< Zeros: the common pool.
+};
+
+class CachingAllocator : public RoomSource {
+ public:
+  /// Tells a pool which streams are its own. Called under the allocator's lock: it must not call
+  /// the allocator.
+  using StreamFilter = std::function<bool(StreamHandle)>;
+
+  /// Frames come from `pool`, charged to activations; the allocator is a source of room there.
+  /// @throws std::invalid_argument where an arena is not a multiple of the size of frames.
+  static std::shared_ptr<CachingAllocator> create(std::shared_ptr<FramePool> pool,
+                                                  AllocatorOptions options = {});
+  /// Waits for the device; blocks that are live are gone then.
+  ~CachingAllocator() override;
+  CachingAllocator(const CachingAllocator&) = delete;
+  CachingAllocator& operator=(const CachingAllocator&) = delete;
+
+  /// Memory for work of `stream`, aligned to 512 bytes; null for no bytes.
+  /// @throws CapExceededError where there is no room for it under the cap, DeviceError.
+  void* allocate(std::size_t nbytes, StreamHandle stream);
+  /// Takes a block back. Null is nothing. @throws std::invalid_argument for any other address that
+  /// is not that of a live block.
+  void free(void* address);
+  /// From now on work of `stream` uses the block too. @throws std::invalid_argument as `free` does.
+  void record_stream(void* address, StreamHandle stream);
+
+  /// Gives back all frames on which no block lies. @return bytes given back.
+  std::size_t empty_cache();
+  std::size_t give_back(std::size_t nbytes) override;
+
+  /// Serves requests on the streams that `filter` names from pool `id`.
+  /// @throws std::invalid_argument where it is begun already.
+  void begin_pool(PoolId id, StreamFilter filter);
+  /// Requests are served from the common pool again. @throws std::invalid_argument if not begun.
+  void end_pool(PoolId id);
+  /// One user fewer than `begin_pool` has made. @throws std::invalid_argument if there is none.
+  void release_pool(PoolId id);
+
+  AllocatorStats stats();
+  void reset_peak_stats();
+  void reset_accumulated_stats();
+  /// All live blocks, the oldest first.
+  std::vector<LiveBlock> live_blocks() const;
+  /// The live block that starts at an address, if any.
+  std::optional<LiveBlock> find_block(const void* address) const;
+
+  const std::shared_ptr<FramePool>& pool() const noexcept { return pool_; }
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+  struct Begun {
+    BlockPool* pool;
+    StreamFilter filter;
+  };
+
+  CachingAllocator(std::shared_ptr<FramePool> pool, std::array<std::size_t, 2> arena_bytes);
+
+  // All with mutex_ held but for allocate_slowly; who is given the lock lets go of it while
+  // waiting.
+  void* allocate_slowly(std::size_t requested, std::size_t nbytes, StreamHandle stream);
+  BlockPool& pool_of(StreamHandle stream);
+  Heap& heap_of(StreamHandle stream);
+  void* hand_out(Block* block, std::size_t requested);
+  Block* live_block(void* address, const char* what);
+  void recycle(Block* block);
+  void retire();
+  bool take_frames(std::size_t count, std::vector<Frame>& frames);
+  CapExceededError refusal(std::size_t requested) const;
+  std::vector<LiveBlock> largest_blocks(std::size_t count) const;
+  static LiveBlock describe(const Block& block);
+  template <typename Visit>
+  void for_each_pool(Visit visit) {
+    visit(common_);
+    for (const auto& [id, pool] : private_) visit(*pool);
+  }
+
+  // Making room.
+  std::size_t reclaim(Lock& lock, std::size_t count, const Growth* kept,
+                      std::vector<Frame>& frames);
+  std::vector<CachedRun> find_cached(const Growth* kept);
+  void wait_until_unused(Lock& lock, const std::vector<Block*>& leaving);
+  bool wait_for_held(Lock& lock);
+  void wait_quietly(const Event& event);
+  void drop_empty_pools();
+  std::size_t give_frames(std::size_t count);
+
+  std::shared_ptr<FramePool> pool_;
+  std::shared_ptr<Device> device_;
+  std::array<std::size_t, 2> arena_bytes_;
+  PressureTurn turn_;
+  EventPool events_;
+
+  mutable std::mutex mutex_;
+  ArenaParts parts_;
+  BlockPool common_;
+  std::map<PoolId, std::unique_ptr<BlockPool>> private_;
+  std::vector<Begun> begun_;
+  Heap* latest_ = nullptr;  // of the common pool
+  HoldBack held_;
+  std::vector<Block*> retired_;  // kept for its memory
+  std::unordered_map<const Block*, std::vector<StreamHandle>> recorded_;
+  std::uint64_t sequence_ = 0;
+};
+
+}  // namespace penstock

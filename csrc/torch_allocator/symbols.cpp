@@ -1,0 +1,145 @@
+// The functions that torch calls. They are compiled into the extension itself and not into the
+// core: symbols of libraries do not leave it.
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "error/error.hpp"
+#include "torch_allocator/registry.hpp"
+#include "torch_allocator/torch_allocator.hpp"
+
+namespace penstock::torch_allocator {
+
+namespace {
+
+constexpr int kCudaOutOfMemory = 2;  // of cudaError_t and of CUresult
+
+[[noreturn]] void fail(const std::string& message) {
+  if (const Thrower thrower = Registry::get().thrower.load()) thrower(message.c_str());
+  throw std::runtime_error(message);
+}
+
+// Runs `call`; what goes wrong is on record with the allocator's device.
+template <typename Call>
+void quietly(CachingAllocator& allocator, Call call) noexcept {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    allocator.pool()->device()->suppress(error.what());
+  } catch (...) {
+    allocator.pool()->device()->suppress("unknown error in a hook of torch");
+  }
+}
+
+template <typename Call>
+void quietly(int device, Call call) noexcept {
+  CachingAllocator* allocator = Registry::get().find(device);
+  if (allocator != nullptr) quietly(*allocator, [&] { call(*allocator); });
+}
+
+PoolId pool_id(PenstockPoolId id) noexcept {
+  return {id.first, id.second};
+}
+
+// The allocator that handed an address out, where torch does not say for which device it was.
+CachingAllocator* owner_of(const void* address) {
+  CachingAllocator* only = nullptr;
+  int count = 0;
+  CachingAllocator* owner = nullptr;
+  Registry::get().for_each([&](CachingAllocator& allocator) {
+    only = &allocator;
+    ++count;
+  });
+  if (count == 1) return only;
+  Registry::get().for_each([&](CachingAllocator& allocator) {
+    if (owner == nullptr && allocator.find_block(address)) owner = &allocator;
+  });
+  return owner;
+}
+
+}  // namespace
+
+}  // namespace penstock::torch_allocator
+
+using namespace penstock;
+using namespace penstock::torch_allocator;
+
+void* penstock_malloc(std::size_t size, int device, void* stream) {
+  std::string message;
+  bool out_of_memory = false;
+  try {
+    CachingAllocator* allocator = Registry::get().find(device);
+    if (allocator != nullptr) return allocator->allocate(size, {stream});
+    message = "penstock: no allocator is installed for device " + std::to_string(device);
+  } catch (const CapExceededError& error) {
+    message = error.what();
+    out_of_memory = true;
+  } catch (const DeviceError& error) {
+    message = error.what();
+    out_of_memory = error.code == kCudaOutOfMemory;
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  // Thrown here and not above, where the error that is being handled would still be alive.
+  if (out_of_memory) fail(message);
+  throw std::runtime_error(message);
+}
+
+void penstock_free(void* address, std::size_t /*size*/, int device, void* /*stream*/) {
+  quietly(device, [&](CachingAllocator& allocator) { allocator.free(address); });
+}
+
+void penstock_record_stream(void* address, void* stream) {
+  CachingAllocator* allocator = owner_of(address);
+  if (allocator == nullptr) return;
+  quietly(*allocator, [&] { allocator->record_stream(address, {stream}); });
+}
+
+void penstock_empty_cache() {
+  Registry::get().for_each(
+      [](CachingAllocator& allocator) { quietly(allocator, [&] { allocator.empty_cache(); }); });
+}
+
+void* penstock_base_alloc(void* address, std::size_t* size) {
+  if (size != nullptr) *size = 0;
+  CachingAllocator* allocator = owner_of(address);
+  if (allocator == nullptr) return address;
+  quietly(*allocator, [&] {
+    const auto block = allocator->find_block(address);
+    if (block && size != nullptr) *size = block->nbytes;
+  });
+  return address;
+}
+
+void penstock_memory_fraction(double fraction, int device) {
+  quietly(device, [&](CachingAllocator& allocator) {
+    if (!(fraction >= 0 && fraction <= 1)) {
+      throw std::invalid_argument("a fraction of memory is between 0 and 1");
+    }
+    const FramePool& pool = *allocator.pool();
+    const auto total = static_cast<double>(pool.device()->info().total_bytes);
+    const std::size_t cap = Registry::get().cap_when_installed(device);
+    const auto part = static_cast<std::size_t>(std::floor(total * fraction));
+    if (!pool.budget().try_set_cap(std::min(cap, part))) {
+      throw std::runtime_error("the cap was not lowered: more is in use");
+    }
+  });
+}
+
+void penstock_begin_pool(int device, PenstockPoolId id, PenstockStreamFilter filter) {
+  CachingAllocator* allocator = Registry::get().find(device);
+  if (allocator == nullptr) return;
+  allocator->begin_pool(pool_id(id), [filter = std::move(filter)](StreamHandle stream) {
+    return filter(stream.value);
+  });
+}
+
+void penstock_end_pool(int device, PenstockPoolId id) {
+  quietly(device, [&](CachingAllocator& allocator) { allocator.end_pool(pool_id(id)); });
+}
+
+void penstock_release_pool(int device, PenstockPoolId id) {
+  quietly(device, [&](CachingAllocator& allocator) { allocator.release_pool(pool_id(id)); });
+}
