@@ -79,10 +79,15 @@ void bind_frames(py::module_& module) {
           py::arg("stream"), without_gil, "Order the stream after all captured copies.")
       .def(
           "before_replay",
-          [](FramesRegion& region, std::uintptr_t stream) {
-            region.before_replay(stream_of(stream));
+          [](FramesRegion& region, std::uintptr_t stream, std::uint64_t mappings) {
+            region.before_replay(stream_of(stream), mappings);
           },
-          py::arg("stream"), without_gil, "Order a replay after all other uses.")
+          py::arg("stream"), py::arg("mappings"), without_gil,
+          "Order a replay after all other uses, if pages are where they were.")
+      .def_property_readonly("mappings", &FramesRegion::mappings,
+                             "Grows whenever a page is mapped elsewhere.")
+      .def("set_active", &FramesRegion::set_active, py::arg("active"), without_gil,
+           "Say whether the model is in use; others take all frames of one that is not.")
       .def(
           "after_replay",
           [](FramesRegion& region, std::uintptr_t stream) {

@@ -51,9 +51,19 @@ const Event& FramesRegion::replay_end() {
   return replay_;
 }
 
-void FramesRegion::before_replay(StreamHandle stream) {
+void FramesRegion::before_replay(StreamHandle stream, std::uint64_t mappings) {
   const std::lock_guard lock(mutex_);
   require_idle("replay");
+  if (mappings != mappings_) {
+    throw ScheduleError(
+        "the model's weights were given other places since this pass was captured (evicted, given "
+        "to others who needed room, or the cap was divided anew): capture it again");
+  }
+  order_before_replay(stream);
+  replaying_ = true;
+}
+
+void FramesRegion::order_before_replay(StreamHandle stream) {
   if (replayed_ && !fenced_) {  // nothing but replays since
     if (stream.value != replay_stream_.value) device_->event_wait(stream, replay_end()->get());
     return;
@@ -69,6 +79,7 @@ void FramesRegion::before_replay(StreamHandle stream) {
 
 void FramesRegion::after_replay(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
+  replaying_ = false;
   replayed_ = true;
   replay_stream_ = stream;
   replay_.reset();  // recorded when it is asked for: most replays are followed by another

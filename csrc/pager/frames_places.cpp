@@ -19,11 +19,13 @@ void FramesRegion::map(PageIndex page, PlaceIndex place) {
   device_->map(address_of(page), places_[place].frame.handle(), page_size_);
   pages_[page].place = place;
   places_[place].pages.push_back(page);
+  ++mappings_;
 }
 
 void FramesRegion::unmap(PageIndex index) {
   Page& page = pages_[index];
   device_->unmap(address_of(index), page_size_);
+  ++mappings_;
   Place& place = places_[page.place];
   auto& mapped = place.pages;
   mapped.erase(std::remove(mapped.begin(), mapped.end(), index), mapped.end());

@@ -17,7 +17,9 @@ std::shared_ptr<FramesRegion> FramesRegion::create(std::shared_ptr<FramePool> po
                                 " does not go with frames of " +
                                 std::to_string(pool->frame_size()));
   }
-  return std::shared_ptr<FramesRegion>(new FramesRegion(std::move(pool), std::move(tier)));
+  const std::shared_ptr<FramesRegion> region(new FramesRegion(std::move(pool), std::move(tier)));
+  offer_room(region);
+  return region;
 }
 
 FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier)
@@ -166,6 +168,8 @@ bool FramesRegion::settled(const std::vector<PageIndex>& pages) const {
 
 void FramesRegion::set_schedule(std::vector<std::vector<PageIndex>> steps) {
   const std::lock_guard lock(mutex_);
+  largest_step_ = 0;
+  for (const auto& step : steps) largest_step_ = std::max(largest_step_, step.size());
   schedule_ = Schedule(pages_.size(), std::move(steps));
   now_ = 0;
 }
@@ -237,6 +241,11 @@ RegionStats FramesRegion::stats() const {
 std::size_t FramesRegion::frame_count() const {
   const std::lock_guard lock(mutex_);
   return places_.size();
+}
+
+std::uint64_t FramesRegion::mappings() const {
+  const std::lock_guard lock(mutex_);
+  return mappings_;
 }
 
 FramesStats FramesRegion::frames_stats() const {

@@ -16,6 +16,11 @@
 // where pages in use collide on one place, pages are given places as they are demanded. Device
 // memory held is the places, and nothing else.
 //
+// Frames are given back where others need room under the cap: all that is not in use while nobody
+// uses the model (`set_active`), else pages with a frame to themselves, the farthest next use
+// first, then frames of the ring down to what the largest step needs. Pages that lose their frame
+// are demanded when they are needed, until `arrange` says anew how to share what is left.
+//
 // Bytes come from a host tier, and dirty ones go back to it: by `write_back` where somebody knows
 // which they are, or with every page that leaves its place (`set_writable`). Thread-safe; the host
 // waits for the device only in `arrange`, `evict`, and demands that need another mapping, and for
@@ -81,6 +86,10 @@ class FramesRegion : public Region {
   ///         pages are in use; nothing has changed then.
   void arrange(const Arrangement& arrangement);
   std::size_t frame_count() const;
+  /// Whether the model is in use; one that is not gives everything back when others need it.
+  void set_active(bool active);
+  /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.
+  std::uint64_t mappings() const;
 
   /// Copies bytes that were written on the device back to the tier, as work of `stream`; between
   /// `begin` and `end`. @throws DeviceError where the tier cannot be written.
@@ -103,8 +112,10 @@ class FramesRegion : public Region {
   void begin_capture(StreamHandle stream);
   /// Orders `stream` after all copies since; the capture can end.
   void end_capture(StreamHandle stream);
-  /// Before captured work is launched on `stream`: orders it after all other uses.
-  void before_replay(StreamHandle stream);
+  /// Before captured work is launched on `stream`: orders it after all other uses, and keeps pages
+  /// where they are until `after_replay`. @param mappings  As they were when it was captured.
+  /// @throws ScheduleError where they have changed, or pages are in use.
+  void before_replay(StreamHandle stream, std::uint64_t mappings);
   /// After it was launched: orders all other uses after it.
   void after_replay(StreamHandle stream);
 
@@ -149,6 +160,12 @@ class FramesRegion : public Region {
 
   FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier);
 
+  class Room;  // a source of room
+  static void offer_room(const std::shared_ptr<FramesRegion>& region);
+
+  /// Gives back what others need more. @return bytes given back.
+  std::size_t give_back(RoomRank rank, std::size_t nbytes);
+
   // All with mutex_ held.
   std::byte* address_of(PageIndex page) const { return address_ + std::size_t{page} * page_size_; }
   void check_pages(const std::vector<PageIndex>& pages) const;
@@ -179,6 +196,7 @@ class FramesRegion : public Region {
   static void note(Uses& uses, const Use& use);
   void forget_shared();
   const Event& replay_end();
+  void order_before_replay(StreamHandle stream);
   void require_idle(const char* what) const;
   /// Loads pages[start], and those after it that one copy can bring as well.
   void demand(const std::vector<PageIndex>& pages, std::size_t start);
@@ -203,6 +221,8 @@ class FramesRegion : public Region {
   void quiesce(PageIndex page);
   void map(PageIndex page, PlaceIndex place);
   void unmap(PageIndex page);
+  /// Places to give up for a rank, the best first, and no more than may go.
+  std::vector<PlaceIndex> places_to_give(RoomRank rank) const;
   /// Gives up places onto which nothing is mapped. @return bytes given back.
   std::size_t drop_empty_places();
   void settle_copies() noexcept;
@@ -215,9 +235,13 @@ class FramesRegion : public Region {
   std::vector<Page> pages_;
   std::vector<Place> places_;
   bool arranged_ = false;
+  bool active_ = true;
+  std::size_t largest_step_ = 0;  // pages
+  std::uint64_t mappings_ = 0;
   bool verify_ = false;
   bool writable_ = false;
   std::optional<Capture> capture_;
+  bool replaying_ = false;  // from before_replay to after_replay
   bool replayed_ = false;
   StreamHandle replay_stream_;  // of the last replay
   Event replay_;                // its end; null: not recorded yet
@@ -231,6 +255,7 @@ class FramesRegion : public Region {
   EventPool events_;
   std::vector<std::byte> loaded_;  // what verify looks at; outlives the copies into it
   OwnedStream copies_;
+  std::vector<std::shared_ptr<RoomSource>> sources_;
 };
 
 }  // namespace penstock

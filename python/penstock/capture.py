@@ -50,7 +50,6 @@ class CapturedPass:
         self._inputs = tree_map(_static, (args, kwargs))
         args, kwargs = self._inputs
         _settle(runner, args, kwargs)
-        self._generation = memory.generation
         self._graph = torch.cuda.CUDAGraph()
         # Residents are loaded by now, everything else by the graph itself.
         self._core.prepare_capture()
@@ -64,6 +63,7 @@ class CapturedPass:
             finally:
                 self._core.end_capture(stream)
         self.loaded_bytes = memory.streamer.stats().loaded_bytes - before
+        self._mappings = self._core.mappings
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the captured pass on the current stream.
@@ -83,17 +83,14 @@ class CapturedPass:
         ScheduleError
             If the model's plan has changed since.
         """
-        if self._memory.generation != self._generation:
-            raise ScheduleError(
-                "the model's weights were given other places since this pass was captured "
-                "(evicted, or the cap was divided anew): capture it again"
-            )
-        if args or kwargs:
-            tree_map(_copy, self._inputs, (args, kwargs))
         stream = self._pager.stream()
-        self._core.before_replay(stream)
-        self._graph.replay()
-        self._core.after_replay(stream)
+        self._core.before_replay(stream, self._mappings)
+        try:
+            if args or kwargs:
+                tree_map(_copy, self._inputs, (args, kwargs))
+            self._graph.replay()
+        finally:
+            self._core.after_replay(stream)
         return self.output
 
 

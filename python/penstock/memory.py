@@ -89,6 +89,10 @@ class ModelMemory(ABC):
     def close(self) -> None:  # noqa: B027
         """End the use of the memory; tensors on it may live on."""
 
+    def yield_frames(self) -> bool:
+        """Do without what others took since the last plan; return whether that was anything."""
+        return False
+
     @abstractmethod
     def set_active(self, active: bool) -> None:
         """Say whether the model is in use; others take its pages only when they must."""
@@ -205,9 +209,9 @@ class FramesMemory(ModelMemory):
         self.region_core = core
         self.tier = tier
         self.frames = self.page_count  # that it may hold
-        self.generation = 0  # how often pages were given other places
         self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
+        self._mappings = 0  # as of then
 
     @override
     def finish_filling(self) -> None:
@@ -236,14 +240,14 @@ class FramesMemory(ModelMemory):
         frames = min(self.frames, self.page_count)
         plan = self.pager.plan(self.page_count, steps, frames, seconds)
         arranged = (tuple(plan.slot), plan.ring)
-        if arranged != self._arranged:
+        if arranged != self._arranged or self.region_core.mappings != self._mappings:
             try:
                 self.region_core.arrange(plan.slot, plan.ring)
             except ScheduleError:  # somebody holds a view: places are found on demand until then
                 self.plan = None
                 return
             self._arranged = arranged
-            self.generation += 1
+            self._mappings = self.region_core.mappings
         self.plan = plan
         self.tier.expect([page for page, _ in plan.loads])
 
@@ -262,6 +266,17 @@ class FramesMemory(ModelMemory):
         return self.region_core.frame_count
 
     @override
+    def yield_frames(self) -> bool:
+        if self._arranged is None:
+            return False
+        slots, ring = self._arranged
+        held = self.frames_held
+        if held >= slots.count(None) + ring:
+            return False
+        self.frames = held
+        return True
+
+    @override
     def _own_stats(self) -> dict[str, Any]:
         tier = self.tier.stats()
         return {
@@ -277,11 +292,10 @@ class FramesMemory(ModelMemory):
     def evict(self) -> None:
         super().evict()
         self._arranged = None
-        self.generation += 1
 
     @override
     def set_active(self, active: bool) -> None:
-        """Do nothing: frames are divided among the models in use."""
+        self.region_core.set_active(active)
 
     @override
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:

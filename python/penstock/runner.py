@@ -320,7 +320,7 @@ class Runner:
             try:
                 self._end_call(index)
             finally:
-                if self._plan_later:
+                if self._plan_later or self.memory.yield_frames():
                     with suppress(CapExceededError):
                         self.plan()
 

@@ -357,6 +357,24 @@ TEST(FramesCapture, LateFailureBeforeACaptureIsNotForgotten) {
   EXPECT_TRUE(reads_right(setup, {0}));
 }
 
+TEST(FramesCapture, PagesStayWhereTheyAreDuringAReplayAndAreMissedAfterTheyWereMoved) {
+  FramesSetup setup(4, 4);
+  const OwnedStream graph(setup.spy);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(4, 3, 1));
+  region.prepare_capture();
+  region.begin_capture(graph.get());
+  EXPECT_FALSE(setup.pool->make_room(kPage, nullptr));
+  region.end_capture(graph.get());
+  const std::uint64_t captured = region.mappings();
+  region.before_replay(graph.get(), captured);
+  EXPECT_FALSE(setup.pool->make_room(kPage, nullptr));
+  region.after_replay(graph.get());
+  EXPECT_TRUE(setup.pool->make_room(kPage, nullptr));
+  EXPECT_THROW(region.before_replay(graph.get(), captured), ScheduleError);
+  EXPECT_TRUE(setup.pool->make_room(2 * kPage, nullptr));  // nor is it as if one were under way
+}
+
 TEST(FramesCapture, ReplaysAndOtherUsesWaitForEachOther) {
   FramesSetup setup(2, 4);
   const OwnedStream graph(setup.spy);
@@ -367,7 +385,7 @@ TEST(FramesCapture, ReplaysAndOtherUsesWaitForEachOther) {
   region.prepare_capture();
   for (int round = 0; round < 5; ++round) {
     for (int launch = 0; launch < 2; ++launch) {
-      region.before_replay(graph.get());
+      region.before_replay(graph.get(), region.mappings());
       for (PageIndex page = 0; page < 4; ++page) {
         setup.spy->copy(region.address() + page * kPage, setup.bytes.data() + page * kPage, kPage,
                         graph.get());
@@ -377,7 +395,7 @@ TEST(FramesCapture, ReplaysAndOtherUsesWaitForEachOther) {
     }
     for (const PageIndex page : {2U, 1U, 0U}) {
       region.begin({page}, eager.get());
-      EXPECT_THROW(region.before_replay(graph.get()), ScheduleError);
+      EXPECT_THROW(region.before_replay(graph.get(), region.mappings()), ScheduleError);
       look.look(region, {page}, eager.get(), milliseconds(1));
       region.end({page}, eager.get());
     }
