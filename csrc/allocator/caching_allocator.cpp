@@ -136,11 +136,12 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     Block* block = heap.take_quick(nbytes);
     if (block == nullptr) block = heap.take_best(nbytes);
     if (block != nullptr) return hand_out(block, requested);
-    if (last || nbytes > pool_->budget().cap()) break;
+    if (nbytes > pool_->budget().cap()) break;
     const Growth growth = heap.plan(nbytes);
     if (take_frames(growth.frames, frames)) {
       return hand_out(growth.arena->grow(growth, frames), requested);
     }
+    if (last) break;
     if (!turn.taken()) {
       ++parts_.stats.num_alloc_retries;
       lock.unlock();
