@@ -126,8 +126,8 @@ bool CachingAllocator::take_frames(std::size_t count, std::vector<Frame>& frames
 void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbytes,
                                         StreamHandle stream) {
   const RelaxedCapture relaxed(*device_);
-  std::vector<Frame> frames;  // for this request, not mapped yet; what is left is given back
   PressureTurn::Hold turn(turn_);
+  std::vector<Frame> frames;  // for this request, not mapped yet; what is left is given back
   Lock lock(mutex_);
   bool last = false;
   for (int round = 0; round < kRounds; ++round) {
@@ -155,6 +155,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     last = !pool_->make_room(missing * parts_.frame_size, this);
     lock.lock();
   }
+  frames.clear();  // so that the numbers are without them
   ++parts_.stats.num_ooms;
   throw refusal(requested);
 }
