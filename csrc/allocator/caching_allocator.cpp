@@ -126,8 +126,8 @@ bool CachingAllocator::take_frames(std::size_t count, std::vector<Frame>& frames
 void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbytes,
                                         StreamHandle stream) {
   const RelaxedCapture relaxed(*device_);
-  std::vector<Frame> frames;  // for this request, not mapped yet; what is left is given back
   PressureTurn::Hold turn(turn_);
+  std::vector<Frame> frames;  // for this request, not mapped yet; what is left is given back
   Lock lock(mutex_);
   bool last = false;
   for (int round = 0; round < kRounds; ++round) {
@@ -136,11 +136,12 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     Block* block = heap.take_quick(nbytes);
     if (block == nullptr) block = heap.take_best(nbytes);
     if (block != nullptr) return hand_out(block, requested);
-    if (last || nbytes > pool_->budget().cap()) break;
+    if (nbytes > pool_->budget().cap()) break;
     const Growth growth = heap.plan(nbytes);
     if (take_frames(growth.frames, frames)) {
       return hand_out(growth.arena->grow(growth, frames), requested);
     }
+    if (last) break;
     if (!turn.taken()) {
       ++parts_.stats.num_alloc_retries;
       lock.unlock();
@@ -154,6 +155,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     last = !pool_->make_room(missing * parts_.frame_size, this);
     lock.lock();
   }
+  frames.clear();  // so that the numbers are without them
   ++parts_.stats.num_ooms;
   throw refusal(requested);
 }

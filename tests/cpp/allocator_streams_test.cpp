@@ -150,6 +150,17 @@ TEST(AllocatorStreams, TheLongestUnusedFramesGoFirst) {
   EXPECT_EQ(setup.device->calls()["frame_create"], 2U);
 }
 
+TEST(AllocatorStreams, FramesThatTheRequestWillUseStayWhereTheyAre) {
+  StreamsSetup setup(4);
+  void* older = setup.take(2 * kFrame, setup.first.get());
+  void* newer = setup.take(kFrame, setup.second.get());
+  setup.take(kFrame, setup.second.get());
+  setup.allocator->free(older);
+  setup.allocator->free(newer);
+  EXPECT_EQ(setup.take(3 * kFrame, setup.first.get()), older);  // and one more frame behind it
+  EXPECT_EQ(setup.device->calls()["unmap"], 1U);
+}
+
 TEST(AllocatorStreams, WorkThatFailedHoldsNothing) {
   StreamsSetup setup(1);
   void* block = setup.take(kFrame, setup.first.get());

@@ -140,6 +140,18 @@ TEST(Allocator, RefusalHasTheNumbersAndChangesNothing) {
   EXPECT_TRUE(setup.balanced());
 }
 
+TEST(Allocator, RefusalDoesNotCountWhatTheRequestHadGathered) {
+  AllocatorSetup setup(4);
+  setup.take(3 * kFrame);
+  try {
+    setup.take(2 * kFrame);
+    FAIL() << "there is no room";
+  } catch (const CapExceededError& error) {
+    EXPECT_EQ(error.used, 3 * kFrame);
+  }
+  EXPECT_EQ(setup.used_frames(), 3U);
+}
+
 TEST(Allocator, WhatNeverFitsDisturbsNobody) {
   AllocatorSetup setup(4);
   setup.allocator->free(setup.take(kFrame));
