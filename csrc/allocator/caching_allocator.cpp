@@ -100,6 +100,7 @@ void* CachingAllocator::hand_out(Block* block, std::size_t requested) {
     figures.active_bytes.increase(block->nbytes);
     figures.requested_bytes.increase(requested);
   });
+  most_active_ = std::max(most_active_, parts_.stats.side(Side::kAll).active_bytes.current);
   return block->start;
 }
 
@@ -279,6 +280,13 @@ CapExceededError CachingAllocator::refusal(std::size_t requested) const {
   if (!largest.empty()) text += ".";
   text += " Raise the cap, use smaller batches, or free something first.";
   return {text, requested, ledger.cap, ledger.used};
+}
+
+std::size_t CachingAllocator::take_idle_bytes() {
+  const std::lock_guard lock(mutex_);
+  const SideStats& all = parts_.stats.side(Side::kAll);
+  const std::int64_t needed = std::exchange(most_active_, all.active_bytes.current);
+  return static_cast<std::size_t>(std::max<std::int64_t>(0, all.reserved_bytes.current - needed));
 }
 
 AllocatorStats CachingAllocator::stats() {

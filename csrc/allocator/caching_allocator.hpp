@@ -96,6 +96,9 @@ class CachingAllocator : public RoomSource {
   /// One user fewer than `begin_pool` has made. @throws std::invalid_argument if there is none.
   void release_pool(PoolId id);
 
+  /// Bytes of frames beyond what blocks have taken at any time since the last call.
+  std::size_t take_idle_bytes();
+
   AllocatorStats stats();
   void reset_peak_stats();
   void reset_accumulated_stats();
@@ -160,6 +163,7 @@ class CachingAllocator : public RoomSource {
   std::vector<Block*> retired_;  // kept for its memory
   std::unordered_map<const Block*, std::vector<StreamHandle>> recorded_;
   std::uint64_t sequence_ = 0;
+  std::int64_t most_active_ = 0;  // bytes, since take_idle_bytes
 };
 
 }  // namespace penstock

@@ -10,6 +10,7 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
+from penstock.hard_cap import set_cap
 from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
@@ -32,4 +33,5 @@ __all__ = [
     "manager_of",
     "offload",
     "restore",
+    "set_cap",
 ]

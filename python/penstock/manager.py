@@ -20,6 +20,7 @@ from penstock.binding import Binding
 from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
+from penstock.hard_cap import current_cap
 from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
@@ -57,7 +58,8 @@ class MemoryManager:
     cap
         Bytes of device memory for the weights of all models together, or a text such as `"8GiB"`:
         pages that are resident, and with frames the tables by which the driver addresses pinned
-        host memory (a 512th of it). Activations and other buffers are not counted yet.
+        host memory (a 512th of it). Activations and other buffers are not counted. None under a
+        hard cap (`set_cap`): then weights have what everything else leaves.
     device
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
@@ -95,7 +97,7 @@ class MemoryManager:
     def __init__(
         self,
         *,
-        cap: int | str,
+        cap: int | str | None = None,
         device: str | torch.device | _core.Device = "auto",
         pager: str = "auto",
         host: str = "auto",
@@ -107,7 +109,7 @@ class MemoryManager:
     ) -> None:
         if host not in HOST_TIERS:
             raise ValueError(f"host tier {host!r} is not known; use one of {', '.join(HOST_TIERS)}")
-        self._pager = Pager(cap=cap, device=device, kind=pager, page_size=page_size)
+        self._pager = _open_pager(cap, device, pager, page_size)
         self._host = host
         self._host_budget = None if host_budget is None else parse_bytes(host_budget)
         self._trace = trace
@@ -117,6 +119,8 @@ class MemoryManager:
         self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
+        if self._pager.hard_cap is not None:
+            self._pager.hard_cap.managers.add(self)
 
     @property
     def pager(self) -> Pager:
@@ -488,8 +492,18 @@ class MemoryManager:
             model = self._find(name)
             return format_schedule(model.runner.schedule() if model.runner else [])
 
+    def loosen(self) -> None:
+        """Have models that are in place as a whole run step by step, so that they can give way."""
+        with self._lock:
+            for runner, _ in self._runners():
+                with runner.resting() as resting:
+                    if resting:
+                        runner.attach()
+
     def set_cap(self, cap: int | str) -> None:
         """Change the cap. Where more is held than that, models give way first, idle ones first.
+
+        Under a hard cap, that is `penstock.set_cap`, for the whole process.
 
         Raises
         ------
@@ -498,6 +512,9 @@ class MemoryManager:
         ScheduleError
             If a model that has to give way is running.
         """
+        if self._pager.hard_cap is not None:
+            self._pager.hard_cap.set_cap(cap)
+            return
         nbytes = parse_bytes(cap)
         with self._lock:
             before = self._pager.cap
@@ -561,6 +578,25 @@ class MemoryManager:
             moved=tuple(model.binding.moved()),
             memory=figures,
         )
+
+
+def _open_pager(
+    cap: int | str | None,
+    device: str | torch.device | _core.Device,
+    kind: str,
+    page_size: int | str | None,
+) -> Pager:
+    hard_cap = current_cap(device)
+    if hard_cap is None:
+        if cap is None:
+            raise ValueError("give a cap, or set one for the process first: penstock.set_cap")
+        return Pager(cap=cap, device=device, kind=kind, page_size=page_size)
+    if cap is not None:
+        raise ValueError(
+            f"the process has a hard cap of {format_bytes(hard_cap.pager.cap)} already, which all "
+            "managers share: leave the cap out"
+        )
+    return Pager(cap=hard_cap.pager, kind=kind, page_size=page_size)
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

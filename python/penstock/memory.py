@@ -23,6 +23,7 @@ __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
 _HOST_PAGE = 4 << 10
 _ENTRY = 8
 _TABLE = 2 << 20
+_LEAST_GROWTH = 50  # of a model's pages, one in so many is worth a new plan
 
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
@@ -89,9 +90,13 @@ class ModelMemory(ABC):
     def close(self) -> None:  # noqa: B027
         """End the use of the memory; tensors on it may live on."""
 
-    def yield_frames(self) -> bool:
-        """Do without what others took since the last plan; return whether that was anything."""
+    def settle(self) -> bool:
+        """Follow what others took since the last plan, or left; return whether to plan anew."""
         return False
+
+    def may_stay(self) -> bool:
+        """Whether a model that is in place as a whole may be fixed there."""
+        return True
 
     @abstractmethod
     def set_active(self, active: bool) -> None:
@@ -266,15 +271,27 @@ class FramesMemory(ModelMemory):
         return self.region_core.frame_count
 
     @override
-    def yield_frames(self) -> bool:
+    def settle(self) -> bool:
         if self._arranged is None:
             return False
         slots, ring = self._arranged
         held = self.frames_held
-        if held >= slots.count(None) + ring:
+        if held < slots.count(None) + ring:
+            self.frames = held
+            return True
+        hard_cap = self.pager.hard_cap
+        if ring == 0 or hard_cap is None:
             return False
-        self.frames = held
+        hard_cap.free_idle()
+        free = self.pager.budget.available // self.pager.page_size
+        if free <= self.page_count // _LEAST_GROWTH:
+            return False
+        self.frames = held + free
         return True
+
+    @override
+    def may_stay(self) -> bool:
+        return self.pager.hard_cap is None or self.pager.hard_cap.is_roomy()
 
     @override
     def _own_stats(self) -> dict[str, Any]:

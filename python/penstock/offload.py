@@ -40,7 +40,7 @@ def _not_offloaded() -> None:
 def offload(
     model: M,
     *,
-    cap: int | str,
+    cap: int | str | None = None,
     device: str | torch.device | _core.Device = "auto",
     pager: str = "auto",
     page_size: int | str | None = None,

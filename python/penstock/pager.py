@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 
 from penstock import _core
 from penstock.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from penstock.hard_cap import HardCap
 
 __all__ = ["Pager", "Region", "open_device", "wait_until_pinned"]
 
@@ -48,7 +52,8 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
         if name == "auto":
             name = "cuda" if _core.cuda_device_count() > 0 else "cpu"
         if name == "cuda" and torch.cuda.is_available():
-            name = f"cuda:{torch.cuda.current_device()}"
+            # Not the first to use CUDA: a hard cap has to come before that.
+            name = f"cuda:{torch.cuda.current_device() if _uses_cuda() else 0}"
         if name == "cpu:0":
             name = "cpu"
         core = _core.open_device(name)
@@ -57,6 +62,10 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
         torch.cuda.init()  # type: ignore[no-untyped-call]
         return core, torch.device("cuda", info.ordinal)
     return core, torch.device("cpu")
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class Region:
@@ -149,7 +158,8 @@ class Pager:
     Parameters
     ----------
     cap
-        Bytes that may be resident at once, or a text such as `"1GiB"`.
+        Bytes that may be resident at once, or a text such as `"1GiB"`; another pager to share the
+        ledger and the device of.
     device
         See `open_device`.
     kind
@@ -172,26 +182,41 @@ class Pager:
     def __init__(
         self,
         *,
-        cap: int | str,
+        cap: int | str | Pager,
         device: str | torch.device | _core.Device = "auto",
         kind: str = "managed",
         page_size: int | str | None = None,
     ) -> None:
         if kind not in ("auto", "managed", "frames"):
             raise ValueError(f'pager kind {kind!r} is not known; use "managed" or "frames"')
-        self.core_device, self.device = open_device(device)
+        self.core_device: _core.Device
+        self.device: torch.device
+        self.budget: _core.Budget
+        self.hard_cap: HardCap | None = None
+        self._link_rate = 0.0
+        shared = cap if isinstance(cap, Pager) else None
+        if shared is not None:
+            self.core_device, self.device = shared.core_device, shared.device
+            self.budget = shared.budget
+            self.hard_cap = shared.hard_cap
+        else:
+            assert not isinstance(cap, Pager)
+            self.core_device, self.device = open_device(device)
+            self.budget = _core.Budget(parse_bytes(cap))
         if kind == "auto":
             kind = "frames" if self.device.type == "cuda" else "managed"
         self.kind = kind
-        self.budget = _core.Budget(parse_bytes(cap))
-        self.page_size = self._page_size(page_size)
         self._managed: _core.ManagedPager | None = None
         self._frames: _core.FramePool | None = None
         if kind == "managed":
+            self.page_size = self._page_size(page_size)
             self._managed = _core.ManagedPager(self.core_device, self.budget, self.page_size)
+        elif shared is not None:
+            self._frames = shared.frames
+            self.page_size = shared.page_size
         else:
+            self.page_size = self._page_size(page_size)
             self._frames = _core.FramePool(self.core_device, self.budget, self.page_size)
-        self._link_rate = 0.0
 
     def _page_size(self, wanted: int | str | None) -> int:
         if wanted is not None:

@@ -320,7 +320,9 @@ class Runner:
             try:
                 self._end_call(index)
             finally:
-                if self._plan_later or self.memory.yield_frames():
+                if self._free and not self.memory.may_stay():
+                    self.attach()
+                if self._plan_later or self.memory.settle():
                     with suppress(CapExceededError):
                         self.plan()
 
@@ -420,7 +422,7 @@ class Runner:
     def _run_freely(self) -> None:
         core = self.memory.region.core
         pages = self.memory.all_pages
-        if not core.settled(pages):
+        if not core.settled(pages) or not self.memory.may_stay():
             return
         core.begin(pages, self._stream())
         self._guard.open(self._entries)

@@ -1,0 +1,241 @@
+"""One ledger for weights and everything else: room is made for tensors, and given back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import penstock
+from penstock import CapExceededError, DeviceError, _core, hard_cap, out_of_memory
+from penstock.hard_cap import HardCap
+from penstock.torch_hook import nested_stats
+from python.support import same_bits
+
+KIB = 1 << 10
+PAGE = 64 * KIB
+WIDTH = 128  # a layer's weight is one page
+
+
+class Hungry(nn.Module):
+    """Layers, with memory for something else taken before each and given back after the last."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth))
+        self.take: Callable[[], None] = lambda: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            self.take()
+            x = layer(x).tanh()
+        return x
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> HardCap:
+    cap = HardCap(20 * PAGE, device=_core.HostDevice(), page_size=PAGE)
+    monkeypatch.setattr("penstock.manager.current_cap", lambda _: cap)
+    return cap
+
+
+def register(depth: int) -> tuple[penstock.MemoryManager, Hungry]:
+    torch.manual_seed(0)
+    model = Hungry(depth)
+    manager = penstock.MemoryManager(pager="frames", progress=False)
+    manager.register("m", lambda: Hungry(depth), model.state_dict())
+    return manager, model
+
+
+def held(manager: penstock.MemoryManager) -> int:
+    return manager.stats().models["m"].memory.resident_bytes // PAGE
+
+
+def test_weights_make_room_for_tensors_within_a_pass(shared: HardCap) -> None:
+    manager, model = register(16)
+    x = torch.randn(3, WIDTH)
+    taken: list[int] = []
+
+    def take() -> None:
+        if len(taken) < 16:
+            taken.append(shared.allocator.allocate(PAGE - KIB, 0))
+
+    with torch.no_grad(), manager.use("m") as bound:
+        assert isinstance(bound, Hungry)
+        for _ in range(3):
+            assert same_bits(bound(x), model(x))
+        before = held(manager)
+        assert before == 16
+        bound.take = take
+        for _ in range(4):
+            assert same_bits(bound(x), model(x))
+        assert len(taken) == 16
+        assert held(manager) <= 20 - 16 + 1
+        assert manager.stats().peak <= manager.stats().cap
+        with pytest.raises(CapExceededError, match="cap"):
+            shared.allocator.allocate(8 * PAGE, 0)
+        assert same_bits(bound(x), model(x))
+        for address in taken:
+            shared.allocator.free(address)
+    manager.unregister("m")
+    shared.allocator.empty_cache()
+    assert shared.pager.budget.stats().used == 0
+
+
+def test_weights_grow_again_when_the_pressure_ends(shared: HardCap) -> None:
+    manager, model = register(30)
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad(), manager.use("m") as bound:
+        for _ in range(3):
+            bound(x)
+        most = held(manager)
+        assert most >= 19
+        blocks = [shared.allocator.allocate(PAGE, 0) for _ in range(10)]
+        for _ in range(3):
+            assert same_bits(bound(x), model(x))
+        assert held(manager) <= 10
+        for block in blocks:
+            shared.allocator.free(block)
+        few = manager.stats().models["m"].memory.planned_bytes
+        for _ in range(20):
+            assert same_bits(bound(x), model(x))
+        assert held(manager) >= most - 1
+        assert manager.stats().models["m"].memory.planned_bytes < few
+
+
+def test_memory_that_each_pass_needs_is_not_taken_back_and_forth(shared: HardCap) -> None:
+    manager, model = register(30)
+    x = torch.randn(3, WIDTH)
+    blocks: list[int] = []
+
+    def take() -> None:
+        blocks.append(shared.allocator.allocate(PAGE // 4, 0))
+
+    with torch.no_grad(), manager.use("m") as bound:
+        assert isinstance(bound, Hungry)
+        bound.take = take
+        for passed in range(24):
+            assert same_bits(bound(x), model(x))
+            for block in blocks:
+                shared.allocator.free(block)
+            blocks.clear()
+            if passed == 10:
+                frames = shared.allocator.stats()["num_device_alloc"]
+        assert shared.allocator.stats()["num_device_alloc"] == frames
+
+
+def test_idle_models_go_before_residents_of_one_in_use(shared: HardCap) -> None:
+    manager, _ = register(8)
+    other = Hungry(8)
+    manager.register("other", lambda: Hungry(8), other.state_dict())
+    x = torch.randn(1, WIDTH)
+    with torch.no_grad():
+        for name in ("other", "m"):
+            with manager.use(name) as bound:
+                for _ in range(3):
+                    bound(x)
+        with manager.use("m") as bound:
+            manager.prefetch("other")
+            shared.allocator.allocate(8 * PAGE, 0)
+            assert held(manager) == 8
+            assert same_bits(bound(x), bound(x))
+
+
+def test_cap_is_shared_and_cannot_be_given_twice(shared: HardCap) -> None:
+    with pytest.raises(ValueError, match="leave the cap out"):
+        penstock.MemoryManager(cap="1MiB")
+    manager, _ = register(2)
+    assert manager.stats().cap == shared.pager.cap == 20 * PAGE
+
+
+def test_lowering_the_cap_makes_room_or_says_what_is_held(shared: HardCap) -> None:
+    manager, model = register(16)
+    x = torch.randn(1, WIDTH)
+    with torch.no_grad(), manager.use("m") as bound:
+        bound(x)
+        shared.set_cap(8 * PAGE)
+        assert manager.stats().used <= 8 * PAGE
+        assert same_bits(bound(x), model(x))
+        block = shared.allocator.allocate(4 * PAGE, 0)
+        with pytest.raises(CapExceededError, match="in use"):
+            shared.set_cap(3 * PAGE)
+        assert shared.pager.cap == 8 * PAGE
+        assert same_bits(bound(x), model(x))
+        shared.allocator.free(block)
+        shared.set_cap("2MiB")
+        assert same_bits(bound(x), model(x))
+
+
+def test_without_a_hard_cap_a_manager_needs_one_of_its_own() -> None:
+    with pytest.raises(ValueError, match="set_cap"):
+        penstock.MemoryManager(device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_hard_cap_needs_a_gpu() -> None:
+    with pytest.raises(DeviceError, match="MemoryManager"):
+        penstock.set_cap("1GiB")
+    with pytest.raises(DeviceError, match="'cpu'"):
+        penstock.set_cap("1GiB", device="cpu")
+    assert hard_cap.current_cap("cuda") is None
+
+
+def test_figures_are_those_that_torch_prints(
+    shared: HardCap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = shared.allocator.allocate(100 * KIB, 0)
+    monkeypatch.setattr(
+        torch.cuda.memory, "memory_stats_as_nested_dict", lambda **_: nested_stats(shared.allocator)
+    )
+    monkeypatch.setattr(torch.cuda.memory, "_get_device_index", lambda *_, **__: 0)
+    stats = torch.cuda.memory_stats(0)
+    assert stats["allocated_bytes.all.current"] == 100 * KIB
+    assert stats["reserved_bytes.all.current"] == 2 * PAGE
+    assert torch.cuda.memory_allocated(0) == 100 * KIB
+    assert torch.cuda.max_memory_reserved(0) == 2 * PAGE
+    assert "102400 B" in torch.cuda.memory_summary(0)
+    shared.allocator.free(block)
+
+
+# ---- torch.OutOfMemoryError --------------------------------------------------------------------
+
+
+def test_thrower_is_built_once_and_throws_what_torch_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert out_of_memory.find_thrower() != 0  # which has tried it
+    (built,) = (tmp_path / "penstock").iterdir()
+    made = built.stat().st_mtime_ns
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    assert out_of_memory.find_thrower() != 0
+    assert built.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_it_says_what_is_raised_instead(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    if compiler != "false":
+        monkeypatch.setenv("PATH", "")
+    with caplog.at_level(logging.WARNING):
+        assert out_of_memory.find_thrower() == 0
+    assert "RuntimeError" in caplog.text
+    assert not any((tmp_path / "penstock").iterdir())
+
+
+def test_cache_that_others_can_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "penstock").mkdir(mode=0o777)
+    (tmp_path / "penstock").chmod(0o777)
+    assert out_of_memory.find_thrower() == 0
+    assert "others can write" in caplog.text
