@@ -36,6 +36,8 @@ part gpu-tests "$python" -m pytest -q --require-gpu tests/gpu -p no:cacheprovide
 tail -n 3 "$out/gpu-tests.log"
 part model "$python" bench/gpu_check.py --json "$out/model.json"
 cat "$out/model.log"
+part allocator "$python" bench/allocator.py --json "$out/allocator.json"
+cat "$out/allocator.log"
 part bench-quick "$python" -m penstock bench --quick --json "$out/bench-quick.json"
 cat "$out/bench-quick.log"
 part microbenchmarks build/release/bench/cpp/penstock_bench \

@@ -34,6 +34,8 @@ void bind_frames(py::module_& module) {
       .def(py::init(&FramePool::create), py::arg("device"), py::arg("budget"),
            py::arg("frame_size"))
       .def_property_readonly("frame_size", &FramePool::frame_size)
+      .def("beside", &FramePool::beside, py::arg("frame_size"),
+           "Make a pool of frames of another size, under the same budget, with the same sources.")
       .def(
           "make_room",
           [](const FramePool& pool, std::size_t nbytes) { return pool.make_room(nbytes, nullptr); },

@@ -40,19 +40,27 @@ void Frame::release() noexcept {
 std::shared_ptr<FramePool> FramePool::create(std::shared_ptr<Device> device,
                                              std::shared_ptr<Budget> budget,
                                              std::size_t frame_size) {
-  const std::size_t granularity = device->info().frame_granularity;
+  return std::shared_ptr<FramePool>(new FramePool(std::move(device), std::move(budget), frame_size,
+                                                  std::make_shared<RoomMaker>()));
+}
+
+std::shared_ptr<FramePool> FramePool::beside(std::size_t frame_size) const {
+  return std::shared_ptr<FramePool>(new FramePool(device_, budget_, frame_size, room_));
+}
+
+FramePool::FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget,
+                     std::size_t frame_size, std::shared_ptr<RoomMaker> room)
+    : device_(std::move(device)),
+      budget_(std::move(budget)),
+      frame_size_(frame_size),
+      room_(std::move(room)) {
+  const std::size_t granularity = device_->info().frame_granularity;
   if (frame_size == 0 || (frame_size & (frame_size - 1)) != 0 || frame_size % granularity != 0) {
     throw std::invalid_argument("page_size " + std::to_string(frame_size) +
                                 " is not a power of two of at least " +
                                 std::to_string(granularity) + " bytes, as frames need here");
   }
-  return std::shared_ptr<FramePool>(
-      new FramePool(std::move(device), std::move(budget), frame_size));
 }
-
-FramePool::FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget,
-                     std::size_t frame_size)
-    : device_(std::move(device)), budget_(std::move(budget)), frame_size_(frame_size) {}
 
 std::optional<Frame> FramePool::try_take(Tag tag) const {
   if (!budget_->try_charge(tag, frame_size_)) return std::nullopt;
@@ -63,11 +71,11 @@ std::optional<Frame> FramePool::try_take(Tag tag) const {
 }
 
 void FramePool::add_source(std::weak_ptr<RoomSource> source, RoomRank rank) {
-  room_.add_source(std::move(source), rank);
+  room_->add_source(std::move(source), rank);
 }
 
 bool FramePool::make_room(std::size_t nbytes, const RoomSource* asking) const {
-  return room_.make_room(nbytes, asking, *budget_, *device_);
+  return room_->make_room(nbytes, asking, *budget_, *device_);
 }
 
 }  // namespace penstock

@@ -46,6 +46,9 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
   ///         granularity.
   static std::shared_ptr<FramePool> create(std::shared_ptr<Device> device,
                                            std::shared_ptr<Budget> budget, std::size_t frame_size);
+  /// A pool of frames of another size under the same budget, with the same sources of room.
+  /// @throws std::invalid_argument as `create` does.
+  std::shared_ptr<FramePool> beside(std::size_t frame_size) const;
   FramePool(const FramePool&) = delete;
   FramePool& operator=(const FramePool&) = delete;
 
@@ -65,12 +68,13 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
 
  private:
   friend class Frame;
-  FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget, std::size_t frame_size);
+  FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> budget, std::size_t frame_size,
+            std::shared_ptr<RoomMaker> room);
 
   std::shared_ptr<Device> device_;
   std::shared_ptr<Budget> budget_;
   std::size_t frame_size_;
-  RoomMaker room_;
+  std::shared_ptr<RoomMaker> room_;
 };
 
 }  // namespace penstock

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HardCap", "current_cap", "set_cap"]
 
+_FRAME_SIZE = 2 << 20  # small, since one live block keeps a whole frame from everybody else
 _PASSES = 8  # for which memory has to be idle before weights may have it
 
 
@@ -47,7 +48,9 @@ class HardCap:
         page_size: int | str | None = None,
     ) -> None:
         self.pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
-        self.allocator = _core.CachingAllocator(self.pager.frames)
+        granularity = self.pager.core_device.info().frame_granularity
+        frame_size = min(self.pager.page_size, max(granularity, _FRAME_SIZE))
+        self.allocator = _core.CachingAllocator(self.pager.frames.beside(frame_size))
         self._idle: deque[int] = deque(maxlen=_PASSES)
         self.pager.hard_cap = self
         self.managers: WeakSet[MemoryManager] = WeakSet()

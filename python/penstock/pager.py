@@ -59,7 +59,6 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
         core = _core.open_device(name)
     info = core.info()
     if info.kind is _core.DeviceKind.cuda:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
         return core, torch.device("cuda", info.ordinal)
     return core, torch.device("cpu")
 
@@ -77,6 +76,8 @@ class Region:
     def __init__(self, core: _core.Region, device: torch.device) -> None:
         self.core = core
         self.device = device
+        if device.type == "cuda":  # no sooner: a hard cap has to come before
+            torch.cuda.init()  # type: ignore[no-untyped-call]
 
     @property
     def address(self) -> int:

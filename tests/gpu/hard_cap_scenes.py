@@ -1,0 +1,232 @@
+"""What happens in processes of their own, under a hard cap: `python hard_cap_scenes.py NAME`."""
+
+import gc
+import random
+import sys
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import penstock
+from penstock.hard_cap import current_cap
+
+MIB = 1 << 20
+
+
+def cap_at(cap, **options):
+    penstock.set_cap(cap, **options)
+    hard_cap = current_cap("cuda")
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    return hard_cap
+
+
+def driver_used():
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def figures():
+    hard_cap = cap_at("256MiB")
+    kept = torch.ones(1000, device="cuda")
+    start = torch.cuda.memory_allocated()
+    a = torch.empty(10 * MIB, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() - start == 10 * MIB
+    assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated()
+    assert torch.cuda.memory_reserved() >= torch.cuda.memory_allocated()
+    assert (
+        "10240 KiB" in torch.cuda.memory_summary() or "PyTorch CUDA" in torch.cuda.memory_summary()
+    )
+    del a
+    assert torch.cuda.memory_allocated() == start
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == start
+    assert torch.cuda.mem_get_info()[0] > 0
+    try:
+        torch.cuda.memory_snapshot()
+    except RuntimeError as error:
+        assert "memory_stats" in str(error)
+    else:
+        raise AssertionError("a snapshot of what?")
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved
+
+    for attempt in range(100):
+        held = []
+        try:
+            while True:
+                held.append(torch.empty((7 + attempt) * MIB, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError as error:
+            assert "256.00 MiB" in str(error), error
+        free = hard_cap.pager.cap - sum(x.nbytes for x in held)
+        assert free < (7 + attempt + 8) * MIB
+        del held
+    assert torch.cuda.memory_allocated() == start
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+    assert torch.cuda.memory_stats()["num_ooms"] == 100
+    try:
+        penstock.set_cap("1MiB")
+    except penstock.CapExceededError as error:
+        assert "in use" in str(error)
+    else:
+        raise AssertionError("a tensor is there")
+    penstock.set_cap("300MiB")
+    torch.empty(280 * MIB, dtype=torch.uint8, device="cuda")
+    assert kept.sum().item() == 1000
+
+
+def streams():
+    hard_cap = cap_at("512MiB")
+    base = driver_used()
+    failures = []
+    most = [0]
+
+    def work(seed):
+        choose = random.Random(seed)
+        side = [torch.cuda.Stream() for _ in range(4)]
+        held = []
+        try:
+            for _ in range(400):
+                stream = choose.choice(side)
+                with torch.cuda.stream(stream):
+                    if held and choose.random() < 0.5:
+                        tensor, value, ready = held.pop(choose.randrange(len(held)))
+                        stream.wait_event(ready)
+                        if choose.random() < 0.5:
+                            wrong = (tensor != value).sum()
+                            tensor.record_stream(stream)
+                            del tensor  # while the comparison may still run
+                            assert wrong.item() == 0
+                        continue
+                    size = int(2 ** choose.uniform(4, 24))
+                    try:
+                        tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+                    except torch.OutOfMemoryError:
+                        held.clear()
+                        continue
+                    value = choose.randrange(256)
+                    tensor.fill_(value)
+                    ready = torch.cuda.Event()
+                    ready.record(stream)
+                    held.append((tensor, value, ready))
+                most[0] = max(most[0], driver_used() - base)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    torch.cuda.synchronize()
+    gc.collect()
+    assert most[0] <= 512 * MIB + 64 * MIB, most  # kernels are loaded meanwhile
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def graph():
+    cap_at("512MiB")
+    weight = torch.randn(1024, 1024, device="cuda")
+    x = torch.randn(64, 1024, device="cuda")
+
+    def run():
+        y = x
+        for _ in range(8):
+            y = torch.tanh(y @ weight * 0.03)
+        return y
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        y = run()
+    captured.replay()
+    torch.cuda.synchronize()
+    wanted = y.clone()
+    noise = [torch.full((n * 1000,), 7.0, device="cuda") for n in range(1, 300)]
+    x_before = x.clone()
+    for _ in range(5):
+        x.copy_(x_before)
+        captured.replay()
+        noise = [torch.full((n * 1000,), 7.0, device="cuda") for n in range(1, 300)]
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        assert torch.equal(y, wanted)
+        assert all(bool((n == 7.0).all()) for n in noise)
+    del captured, y
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def room():
+    hard_cap = cap_at("160MiB", page_size="2MiB")
+    torch.manual_seed(3)
+    width, depth = 1024, 32  # 4 MiB each: 128 MiB
+
+    def make():
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))).eval()
+
+    model = make()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    manager = penstock.MemoryManager(device="cuda", progress=False)
+    manager.register(
+        "m", lambda: nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))), state
+    )
+    assert manager.pager.cap == 160 * MIB
+    with torch.no_grad(), manager.use("m") as bound:
+        for rows in (4, 4, 4, 4, 6144, 4, 6144, 6144, *[4] * 24):  # 24 MiB each
+            x = torch.randn(rows, width, device="cuda")
+            y = bound(x)
+            wanted = x
+            for i in range(depth):
+                w, b = state[f"{i}.weight"].cuda(), state[f"{i}.bias"].cuda()
+                wanted = F.linear(wanted, w, b)
+                del w, b
+            assert torch.equal(y, wanted), rows
+            del x, y, wanted
+            held = manager.stats().models["m"].memory.resident_bytes
+            if rows == 6144:
+                assert held < 100 * MIB
+        assert held >= 120 * MIB, held
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+    assert stats.peak > 0.9 * stats.cap
+
+
+def neighbours():
+    cap_at("1GiB")
+    torch.backends.cudnn.benchmark = True
+    conv = nn.Conv2d(64, 64, 3, padding=1).cuda()
+    image = torch.randn(4, 64, 128, 128, device="cuda", requires_grad=True)
+    conv(image).square().mean().backward()
+    q = torch.randn(2, 8, 512, 64, device="cuda", dtype=torch.bfloat16)
+    F.scaled_dot_product_attention(q, q, q)
+    step = torch.compile(lambda a, b: torch.relu(a @ b) + 1)
+    a = torch.randn(256, 256, device="cuda")
+    torch.testing.assert_close(step(a, a), torch.relu(a @ a) + 1)
+    torch.cuda.synchronize()
+
+
+def late():
+    torch.zeros(1, device="cuda")
+    try:
+        penstock.set_cap("1GiB")
+    except penstock.DeviceError as error:
+        assert "before" in str(error)
+    else:
+        raise AssertionError("torch's allocator was in use")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
