@@ -61,6 +61,15 @@ void FramesRegion::check_pages(const std::vector<PageIndex>& pages) const {
 }
 
 void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  try {
+    begin_pages(pages, stream);
+  } catch (const CapExceededError&) {
+    if (!pool_->make_room(pages.size() * page_size_, nullptr)) throw;
+    begin_pages(pages, stream);
+  }
+}
+
+void FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another

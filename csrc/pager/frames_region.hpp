@@ -160,6 +160,8 @@ class FramesRegion : public Region {
 
   FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier);
 
+  void begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
+
   class Room;  // a source of room
   static void offer_room(const std::shared_ptr<FramesRegion>& region);
 

@@ -167,12 +167,14 @@ def set_cap(
 
 def current_cap(device: str | torch.device | _core.Device) -> HardCap | None:
     """Return the hard cap of a device, if one was set."""
+    if not _caps:
+        return None
     if isinstance(device, _core.Device):
         return next((cap for cap in _caps.values() if cap.pager.core_device is device), None)
     if device == "auto":
         device = "cuda"
     where = torch.device(device)
-    if where.type != "cuda" or not _caps:
+    if where.type != "cuda":
         return None
     index = where.index
     if index is None:

@@ -64,6 +64,9 @@ class Sharing:
         CapExceededError
             If the models in use cannot run beside each other.
         """
+        hard_cap = self._pager.hard_cap
+        if hard_cap is not None:
+            hard_cap.allocator.give_back(runner.memory.region.nbytes)  # of frames that it caches
         for other, in_use in others:
             with other.resting() as resting:
                 if not resting:

@@ -9,6 +9,7 @@ ask for them: the functions behind them are replaced, for devices that the alloc
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,11 @@ def _replace_functions() -> None:
     _replace("_cuda_resetPeakMemoryStats", _core.CachingAllocator.reset_peak_stats)
     _replace("_cuda_resetAccumulatedMemoryStats", _core.CachingAllocator.reset_accumulated_stats)
     setattr(torch._C, "_cuda_memorySnapshot", _refuse_snapshot)  # noqa: B010
+    benchmark = torch._C._get_cudnn_benchmark()
+    torch._C._set_cudnn_benchmark(False)
+    setattr(torch._C, "_set_cudnn_benchmark", _refuse_benchmark)  # noqa: B010
+    if benchmark:
+        _refuse_benchmark(True)
 
 
 def _replace(name: str, ours: Callable[[_core.CachingAllocator], Any]) -> None:
@@ -109,3 +115,14 @@ def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
         "memory snapshots are of torch's own allocator, which a hard cap replaces; "
         "penstock.memory_stats() and penstock.memory_summary() have the figures"
     )
+
+
+def _refuse_benchmark(wanted: bool) -> None:
+    """Leave cuDNN's benchmark mode off: it asks for the largest free block, and torch refuses."""
+    if wanted:
+        warnings.warn(
+            "cuDNN's benchmark mode stays off under a hard cap: torch cannot tell it how much "
+            "memory it may try",
+            RuntimeWarning,
+            stacklevel=3,
+        )

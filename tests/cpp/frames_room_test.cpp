@@ -94,6 +94,22 @@ TEST(FramesRoom, ModelThatNobodyUsesGivesAllBeforeOthersGiveAnything) {
   idle->end({0}, kCaller);
 }
 
+TEST(FramesRoom, StepThatLacksFramesTakesThoseThatOthersCanDoWithout) {
+  FramesSetup setup(6, 6);
+  const auto tier = std::make_shared<FakeTier>(setup.bytes, kPage);
+  const auto other = FramesRegion::create(setup.pool, tier);
+  other->arrange(arranged(6, 3, 1));
+  other->begin({0}, kCaller);
+  setup.region->arrange(arranged(6, 0, 2));
+  EXPECT_TRUE(reads_right(setup, {1, 3, 5}));  // on one slot, and all frames are taken
+  EXPECT_EQ(other->frame_count(), 2U);         // the page in use, and a ring
+  EXPECT_TRUE(right_now(*other, setup.bytes, 0));
+  EXPECT_THROW(setup.region->begin({0, 1, 2, 3, 4, 5}, kCaller), CapExceededError);
+  EXPECT_EQ(setup.region->stats().pinned_pages, 0U);
+  other->end({0}, kCaller);
+  EXPECT_LE(setup.budget->stats().peak, setup.budget->cap());
+}
+
 TEST(FramesRoom, FailureOfTheDeviceLeavesWhatCouldNotGo) {
   FramesSetup setup(4, 4);
   setup.region->arrange(arranged(4, 4, 0));

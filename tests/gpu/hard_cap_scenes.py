@@ -4,6 +4,7 @@ import gc
 import random
 import sys
 import threading
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +207,11 @@ def room():
 
 def neighbours():
     cap_at("1GiB")
-    torch.backends.cudnn.benchmark = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.backends.cudnn.benchmark = True
+    assert "hard cap" in str(caught[0].message)
+    assert not torch.backends.cudnn.benchmark
     conv = nn.Conv2d(64, 64, 3, padding=1).cuda()
     image = torch.randn(4, 64, 128, 128, device="cuda", requires_grad=True)
     conv(image).square().mean().backward()
