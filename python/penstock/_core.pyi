@@ -167,6 +167,7 @@ def plan(
     link_rate: float,
     step_seconds: Sequence[float] = [],
     keep: Sequence[int] = [],
+    stream: Sequence[int] = [],
 ) -> Plan: ...
 def least_frames(
     page_count: int, steps: Sequence[Sequence[int]], keep: Sequence[int] = []
