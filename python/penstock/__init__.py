@@ -13,19 +13,26 @@ from penstock.errors import (
 from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
+from penstock.policy import Candidate, FarthestUse, Policy, Priority
+from penstock.residency import NothingToKeepWarning
 from penstock.stats import ManagerStats, ModelStats
 
 __all__ = [
+    "Candidate",
     "CapExceededError",
     "CheckpointError",
     "DeviceError",
+    "FarthestUse",
     "ManagerStats",
     "MemoryManager",
     "ModelError",
     "ModelStats",
+    "NothingToKeepWarning",
     "Pager",
     "ParameterMovedWarning",
     "PenstockError",
+    "Policy",
+    "Priority",
     "Region",
     "ScheduleError",
     "__version__",

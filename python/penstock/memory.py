@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
 _HOST_PAGE = 4 << 10
 _ENTRY = 8
 _TABLE = 2 << 20
+
+_DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
 
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
@@ -83,6 +86,18 @@ class ModelMemory(ABC):
         """Drop all that is not in use."""
         self.region.core.evict(self.all_pages)
 
+    @abstractmethod
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        """Drop some pages that are not in use.
+
+        Parameters
+        ----------
+        pages
+            How many, at least, if there are so many.
+        order
+            All pages, those first that are missed least.
+        """
+
     def finish_filling(self) -> None:  # noqa: B027
         """Say that all bytes are written; returns when they can be streamed."""
 
@@ -92,6 +107,19 @@ class ModelMemory(ABC):
     @abstractmethod
     def set_active(self, active: bool) -> None:
         """Say whether the model is in use; others take its pages only when they must."""
+
+    @abstractmethod
+    def set_turn(self, turn: int | None) -> None:
+        """Say when others take its pages: lower turns first; None for never."""
+
+    @abstractmethod
+    def load_all(self, stream: int) -> None:
+        """Begin to bring in all that it may hold."""
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """What it costs to bring a byte back."""
+        return 1 / self.pager.link_rate
 
     def stats(self, step_name: Callable[[int], str] = str) -> MemoryStats:
         """Return what it holds and has moved."""
@@ -138,6 +166,7 @@ class ManagedMemory(ModelMemory):
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
         self._kept: tuple[int, ...] = ()
+        self.allowed: int | None = None  # pages beside what other models claim; None: all
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
@@ -163,13 +192,31 @@ class ManagedMemory(ModelMemory):
             self._kept = kept
 
     @override
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        before = self.region_core.stats().resident_pages
+        for at in range(0, len(order), max(pages, 1)):
+            given_up = before - self.region_core.stats().resident_pages
+            if given_up >= pages:
+                return
+            self.region_core.evict(order[at : at + pages - given_up])
+
+    @override
     def fits(self) -> bool:
-        return self.region.nbytes <= self.pager.cap
+        beside = self.allowed is None or self.page_count <= self.allowed
+        return beside and self.region.nbytes <= self.pager.cap
 
     @property
     @override
     def most_pages(self) -> int:
         return self.pager.cap // self.pager.page_size
+
+    @override
+    def set_turn(self, turn: int | None) -> None:
+        self.pager.core.set_turn(self.region_core, turn)
+
+    @override
+    def load_all(self, stream: int) -> None:
+        self.pager.core.prefetch(self.region_core, self.all_pages, stream)
 
     @override
     def set_active(self, active: bool) -> None:
@@ -208,6 +255,7 @@ class FramesMemory(ModelMemory):
         self.generation = 0  # how often pages were given other places
         self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
+        self._lock = threading.RLock()  # others have a model give frames up while it runs
 
     @override
     def finish_filling(self) -> None:
@@ -233,19 +281,20 @@ class FramesMemory(ModelMemory):
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
-        frames = min(self.frames, self.page_count)
-        plan = self.pager.plan(self.page_count, steps, frames, seconds)
-        arranged = (tuple(plan.slot), plan.ring)
-        if arranged != self._arranged:
-            try:
-                self.region_core.arrange(plan.slot, plan.ring)
-            except ScheduleError:  # somebody holds a view: places are found on demand until then
-                self.plan = None
-                return
-            self._arranged = arranged
-            self.generation += 1
-        self.plan = plan
-        self.tier.expect([page for page, _ in plan.loads])
+        with self._lock:
+            frames = min(self.frames, self.page_count)
+            plan = self.pager.plan(self.page_count, steps, frames, seconds)
+            arranged = (tuple(plan.slot), plan.ring)
+            if arranged != self._arranged:
+                try:
+                    self.region_core.arrange(plan.slot, plan.ring)
+                except ScheduleError:  # somebody holds a view: places are found on demand then
+                    self.plan = None
+                    return
+                self._arranged = arranged
+                self.generation += 1
+            self.plan = plan
+            self.tier.expect([page for page, _ in plan.loads])
 
     @override
     def fits(self) -> bool:
@@ -255,6 +304,11 @@ class FramesMemory(ModelMemory):
     @override
     def most_pages(self) -> int:
         return self.frames
+
+    @property
+    @override
+    def seconds_per_byte(self) -> float:
+        return 1 / (_DISK_RATE if self.tier.kind == "stream" else self.pager.link_rate)
 
     @property
     def frames_held(self) -> int:
@@ -275,9 +329,35 @@ class FramesMemory(ModelMemory):
 
     @override
     def evict(self) -> None:
-        super().evict()
-        self._arranged = None
-        self.generation += 1
+        with self._lock:
+            super().evict()
+            self._arranged = None
+            self.generation += 1
+
+    @override
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        with self._lock:
+            left = max(0, self.frames_held - pages)
+            self._arranged = None
+            self.generation += 1
+            # Frames of the ring are free only when all their pages have gone; what is in them is
+            # of the least use.
+            slots = self.plan.slot if isinstance(self.plan, _core.Plan) else []
+            sharing = [page for page, slot in enumerate(slots) if slot is not None]
+            if sharing and self.frames_held > left:
+                self.region_core.evict(sharing)
+            for page in order:
+                if self.frames_held <= left:
+                    break
+                self.region_core.evict([page])
+
+    @override
+    def set_turn(self, turn: int | None) -> None:
+        """Do nothing: it holds its frames until it is told to give them up."""
+
+    @override
+    def load_all(self, stream: int) -> None:
+        self.streamer.prefetch()
 
     @override
     def set_active(self, active: bool) -> None:

@@ -69,12 +69,8 @@ class Turn:
 
     @property
     def mine(self) -> bool:
-        """Whether this thread has the turn."""
-        return self.holder == threading.get_ident()
-
-    def hold_for(self, frame: FrameType) -> None:
-        """Keep the turn for another function than that for which it was taken."""
-        self._frame = frame
+        """Whether this thread has the turn, and nobody can take it over."""
+        return self.holder == threading.get_ident() and not self.left()
 
     def left(self) -> bool:
         """Whether the holder has left without giving the turn back, as an interrupt makes it."""
