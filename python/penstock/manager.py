@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
+from penstock.parts import find_parts
 from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
 from penstock.residency import Residency
@@ -152,6 +153,8 @@ class MemoryManager:
         dtype: torch.dtype | None = None,
         strict: bool = True,
         writable: bool = False,
+        pin: Sequence[str] = (),
+        stream: Sequence[str] = (),
     ) -> None:
         """Build a model on pager memory and read its weights; none of it is resident afterwards.
 
@@ -174,15 +177,22 @@ class MemoryManager:
             Whether the weights will be written to, with managed memory: evicting then moves them.
             Without a meaning for frames, where each write is found and copied back, if the host
             tier is pinned; others refuse it.
+        pin
+            Patterns of module names, as `fnmatch` has them: these modules and what is in them stay
+            in place for as long as the model is in use, or holds memory at all with frames.
+        stream
+            The same for modules that stream even where there is room for them to stay. They do so
+            by whole pages: those that they share with other modules do not count.
 
         Raises
         ------
         ModelError
-            If the name is taken, or the module is no skeleton.
+            If the name is taken, the module is no skeleton, a pattern matches no module, or one is
+            pinned and streamed.
         CheckpointError
             If the weights cannot be read, or do not fit the module.
         CapExceededError
-            If the host tier needs more than `host_budget`.
+            If the host tier needs more than `host_budget`, or what is pinned more than the cap.
         DeviceError
             If there is no room for the region.
         """
@@ -192,8 +202,14 @@ class MemoryManager:
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
+            parts = find_parts(
+                name, module, placements, pin=pin, stream=stream,
+                page_size=self.pager.page_size, cap=self.pager.cap,
+            )  # fmt: skip
             _announce_conversion(name, placements)
             memory = self._filled_memory(name, placements, nbytes, writable) if nbytes else None
+            if memory is not None:
+                memory.parts = parts
             self._add(name, self._bind(name, module, placements, memory))
 
     def _add(self, name: str, model: _Model) -> None:

@@ -15,6 +15,7 @@ from penstock import _core
 from penstock.errors import ScheduleError
 from penstock.managed_plan import ManagedPlan, plan_managed
 from penstock.pager import Pager, Region, wait_until_pinned
+from penstock.parts import Parts
 from penstock.stats import MemoryStats, PassFigures
 
 __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
@@ -31,12 +32,22 @@ PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
 
 
-class ModelMemory(ABC):
-    """The memory of one model."""
+_NO_PARTS = Parts()
 
-    def __init__(self, pager: Pager, region: Region) -> None:
+
+class ModelMemory(ABC):
+    """The memory of one model.
+
+    Parameters
+    ----------
+    parts
+        Pages that have to stay, and those that must not; it may be set until the model runs.
+    """
+
+    def __init__(self, pager: Pager, region: Region, parts: Parts = _NO_PARTS) -> None:
         self.pager = pager
         self.region = region
+        self.parts = parts
         self.streamer = _core.Streamer(region.core)
         self.plan: _core.Plan | ManagedPlan | None = None
 
@@ -100,6 +111,9 @@ class ModelMemory(ABC):
 
     def finish_filling(self) -> None:  # noqa: B027
         """Say that all bytes are written; returns when they can be streamed."""
+
+    def end_pass(self) -> None:  # noqa: B027
+        """Have pages go that are not to stay; before any are loaded for the next pass."""
 
     def close(self) -> None:  # noqa: B027
         """End the use of the memory; tensors on it may live on."""
@@ -166,12 +180,13 @@ class ManagedMemory(ModelMemory):
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
         self._kept: tuple[int, ...] = ()
+        self._pinned = False
         self.allowed: int | None = None  # pages beside what other models claim; None: all
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
-        if max(map(len, steps), default=0) > frames:
+        if _core.least_frames(self.page_count, steps, self.parts.pinned) > frames:
             steps = ()  # the pager says it better, when the step is run
         self.plan = None
         if steps and frames > 0:
@@ -181,9 +196,17 @@ class ManagedMemory(ModelMemory):
                 page_size=self.pager.page_size,
                 link_rate=self.pager.link_rate,
                 seconds=seconds,
+                parts=self.parts,
             )
             if not self.plan.kept:  # then the farthest next use goes, as in any plan without them
-                self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+                self.plan = self.pager.plan(
+                    self.page_count,
+                    steps,
+                    frames,
+                    seconds,
+                    keep=self.parts.pinned,
+                    stream=self.parts.streamed,
+                )
         # Where nothing has to pass through, all is loaded in batches as large as can be.
         plan = self.plan
         kept = plan.kept if isinstance(plan, ManagedPlan) and plan.ring else ()
@@ -203,7 +226,7 @@ class ManagedMemory(ModelMemory):
     @override
     def fits(self) -> bool:
         beside = self.allowed is None or self.page_count <= self.allowed
-        return beside and self.region.nbytes <= self.pager.cap
+        return beside and self.region.nbytes <= self.pager.cap and not self.parts.streamed
 
     @property
     @override
@@ -216,11 +239,21 @@ class ManagedMemory(ModelMemory):
 
     @override
     def load_all(self, stream: int) -> None:
-        self.pager.core.prefetch(self.region_core, self.all_pages, stream)
+        pages = [page for page in self.all_pages if page not in self.parts.streamed]
+        self.pager.core.prefetch(self.region_core, pages, stream)
 
     @override
     def set_active(self, active: bool) -> None:
+        if active != self._pinned and self.parts.pinned:
+            change = self.region_core.begin if active else self.region_core.end
+            change(self.parts.pinned, self.pager.stream())
+            self._pinned = active
         self.pager.core.set_active(self.region_core, active)
+
+    @override
+    def end_pass(self) -> None:
+        if self.parts.streamed:
+            self.region_core.evict(self.parts.streamed)
 
     @override
     def _own_stats(self) -> dict[str, Any]:
@@ -283,7 +316,14 @@ class FramesMemory(ModelMemory):
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         with self._lock:
             frames = min(self.frames, self.page_count)
-            plan = self.pager.plan(self.page_count, steps, frames, seconds)
+            plan = self.pager.plan(
+                self.page_count,
+                steps,
+                frames,
+                seconds,
+                keep=self.parts.pinned,
+                stream=self.parts.streamed,
+            )
             arranged = (tuple(plan.slot), plan.ring)
             if arranged != self._arranged:
                 try:

@@ -66,7 +66,7 @@ class Planning:
         """
         orders = self._orders or [order]
         pages = [used for each in orders for used in self._steps.pages_in_use(each)]
-        return _core.least_frames(self._memory.page_count, pages)
+        return _core.least_frames(self._memory.page_count, pages, self._memory.parts.pinned)
 
     def renew(self, order: Order, *, guess: bool) -> None:
         """Plan anew, as what the model may use has changed.

@@ -527,6 +527,7 @@ class Runner:
             if known is None or not steady:
                 self._orders[entry] = Order(tuple(self._called))
                 self._follow(self._orders[entry])
+        self.memory.end_pass()
         self._streamer.end_pass(self._stream())
         if not failed and not self._capturing:
             self._planning.improve(self._followed, steady=steady)
@@ -561,7 +562,9 @@ class Runner:
 
     def _learn(self) -> None:
         observed, self._observed = self._observed, []
-        order, changed = learn(self._steps, observed, self.memory.most_pages)
+        order, changed = learn(
+            self._steps, observed, self.memory.most_pages, self.memory.parts.pinned
+        )
         for step in changed:
             self._define(step)
         self._called = list(order.places)
