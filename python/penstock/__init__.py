@@ -10,6 +10,8 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
+from penstock.kernels import Kernel
+from penstock.lazy import LazyModule
 from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
@@ -23,6 +25,8 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "FarthestUse",
+    "Kernel",
+    "LazyModule",
     "ManagerStats",
     "MemoryManager",
     "ModelError",

@@ -23,10 +23,11 @@ from penstock.capture import CapturedPass
 from penstock.errors import CapExceededError, ModelError, ScheduleError
 from penstock.fill import fill
 from penstock.host import HOST_TIERS, open_tier, require_budget
+from penstock.kernels import Kernel, KernelFunction
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
-from penstock.parts import find_parts
+from penstock.parts import find_parts, select_modules
 from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
 from penstock.residency import Residency
@@ -155,6 +156,7 @@ class MemoryManager:
         writable: bool = False,
         pin: Sequence[str] = (),
         stream: Sequence[str] = (),
+        exist_ok: bool = False,
     ) -> None:
         """Build a model on pager memory and read its weights; none of it is resident afterwards.
 
@@ -183,6 +185,8 @@ class MemoryManager:
         stream
             The same for modules that stream even where there is room for them to stay. They do so
             by whole pages: those that they share with other modules do not count.
+        exist_ok
+            Whether a model that has the name already is left as it is, instead of an error.
 
         Raises
         ------
@@ -197,6 +201,8 @@ class MemoryManager:
             If there is no room for the region.
         """
         with self._lock:
+            if exist_ok and name in self._models:
+                return
             self._require_new(name)
             module = build_skeleton(module_or_builder)
             slots = find_slots(module)
@@ -587,6 +593,62 @@ class MemoryManager:
             if model.runner is None:
                 raise ModelError(f"model {name!r} has no weights to stream")
             return CapturedPass(model.runner, args, kwargs)
+
+    def register_kernel(
+        self,
+        modules: str | type[nn.Module],
+        function: KernelFunction,
+        *,
+        model: str | None = None,
+    ) -> Kernel:
+        """Have a function of your own called in place of the forward of some modules.
+
+        The function is called as `function(module, *args, **kwargs)`. The parameters and buffers of
+        the module, and of all modules in it, are in place then, and plain tensors: it may give
+        their addresses to a kernel. They are one step, so they have to fit together. The function
+        may call the module's parts.
+
+        Parameters
+        ----------
+        modules
+            A pattern of module names, as `fnmatch` has them, or a class.
+        function
+            What is called.
+        model
+            Of which model; None for all that are registered now.
+
+        Returns
+        -------
+        Kernel
+            Its `remove` undoes it; so does the end of a `with` block. Unregistering a model does
+            not.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, no module matches, or one has a kernel already.
+        ScheduleError
+            If a model is being called.
+        """
+        with self._lock:
+            models = {model: self._find(model)} if model is not None else dict(self._models)
+            found: list[tuple[str, nn.Module]] = []
+            owners: dict[int, Runner | None] = {}
+            for name, each in models.items():
+                for part in select_modules(each.binding.module, modules):
+                    found.append((f"{name}: {part[0]}", part[1]))
+                    owners[id(part[1])] = each.runner
+            if not found:
+                known = ", ".join(repr(name) for name in models) or "no model"
+                raise ModelError(f"{modules!r} matches no module of {known}")
+
+            def changed(module: nn.Module, whole: bool) -> None:
+                runner = owners[id(module)]
+                if runner is not None:
+                    with self._lock:
+                        runner.hold_whole(module, whole)
+
+            return Kernel(function, found, changed)
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what was traced as a Chrome trace, for chrome://tracing or Perfetto.

@@ -13,7 +13,7 @@ from penstock.errors import CapExceededError, ModelError
 from penstock.layout import Placement
 from penstock.sizes import format_bytes
 
-__all__ = ["Parts", "find_modules", "find_parts"]
+__all__ = ["Parts", "find_parts", "select_modules"]
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,31 @@ class Parts:
     streamed: tuple[int, ...] = ()
 
 
-def find_modules(model: str, module: nn.Module, pattern: str) -> list[nn.Module]:
-    """Find modules by a pattern of their names, as `fnmatch` has it; `*` matches dots too.
+def select_modules(module: nn.Module, which: str | type[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """List the modules of a model, each once, by a pattern of their names or by class.
 
     Parameters
     ----------
-    model
-        The model's name, for messages.
-
-    Raises
-    ------
-    ModelError
-        If there is none.
+    which
+        A pattern is as `fnmatch` has it; `*` matches dots too.
     """
-    named = list(module.named_modules(remove_duplicate=False))
-    found = {id(part): part for name, part in named if fnmatchcase(name, pattern)}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if fnmatchcase(name, which) if isinstance(which, str) else isinstance(part, which):
+            found.setdefault(id(part), (name, part))
+    return list(found.values())
+
+
+def _find_modules(model: str, module: nn.Module, pattern: str) -> list[nn.Module]:
+    found = select_modules(module, pattern)
     if not found:
+        named = list(module.named_modules())
         some = ", ".join(repr(name) for name, _ in named[1:6]) or "none"
         raise ModelError(
             f"the pattern {pattern!r} matches no module of model {model!r}; its modules are {some}"
             + (", ..." if len(named) > 6 else "")
         )
-    return list(found.values())
+    return [part for _, part in found]
 
 
 def find_parts(
@@ -113,7 +116,7 @@ def find_parts(
 def _with_parts(model: str, module: nn.Module, patterns: Sequence[str]) -> set[int]:
     if isinstance(patterns, str):
         raise TypeError(f"patterns come as a sequence: [{patterns!r}], not {patterns!r}")
-    found = (each for pattern in patterns for each in find_modules(model, module, pattern))
+    found = (each for pattern in patterns for each in _find_modules(model, module, pattern))
     return {id(part) for each in found for part in each.modules()}
 
 

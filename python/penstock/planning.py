@@ -87,6 +87,12 @@ class Planning:
         if guess:
             self._orders = []
 
+    def forget(self) -> None:
+        """Forget what was planned for, as the steps have changed."""
+        self._orders = []
+        self._previous = None
+        self._phase = _Phase.PLANNED
+
     def improve(self, order: Order, *, steady: bool) -> None:
         """Plan for the order of the pass that has ended, or by its times, where that is better.
 

@@ -102,10 +102,12 @@ class Runner:
         self._index = {id(entry): i for i, entry in enumerate(self._entries)}
         names = [module_name for module_name, _ in binding.module.named_modules()]
         own = [frozenset(each) for each in held]
+        self._usual_whole = whole_subtrees(self._modules, own)
+        self._held_whole: set[int] = set()
         self._steps = Steps(
             names,
             own,
-            whole_subtrees(self._modules, own),
+            dict(self._usual_whole),
             [entry.pages for entry in self._entries],
         )
         for step in range(len(self._modules)):
@@ -323,6 +325,38 @@ class Runner:
         self._free = False
         self._hook(range(len(self._modules)))
 
+    def hold_whole(self, module: nn.Module, whole: bool) -> None:
+        """Have a module's step hold all tensors in it, from its call on; or as it was learned.
+
+        Passes are observed anew. Without a meaning once the model is detached.
+
+        Raises
+        ------
+        ScheduleError
+            If a call is under way.
+        """
+        with self.resting() as resting:
+            if self._guard.removed:
+                return
+            if not resting:
+                raise ScheduleError(
+                    f"model {self._name!r} is being called: its kernels can change when the call "
+                    "has ended"
+                )
+            self.attach()
+            ids = {id(each): i for i, each in enumerate(self._modules)}
+            index = ids[id(module)]
+            held = (self._steps.own[ids[id(part)]] for part in module.modules())
+            tensors = frozenset[int]().union(*held)
+            (self._held_whole.add if whole else self._held_whole.discard)(index)
+            usual = self._usual_whole.get(index)
+            self._steps.hold_whole(index, tensors if whole else usual)
+            self._define(index)
+            self._orders.clear()
+            self._planning.forget()
+            steps = (i for i in range(len(self._modules)) if self._steps.tensors(i))
+            self._follow(Order(tuple((i, ()) for i in steps)))
+
     def detach(self, *, readable: bool) -> None:
         """Take the hooks and guards off the module, for good.
 
@@ -402,6 +436,8 @@ class Runner:
             self._begin_pass(index)
         if self._observer is not None:
             self._observed.append(call)
+            if index in self._held_whole:
+                self._begin_step(call, index)
         elif self._step_entries[index]:
             self._begin_step(call, index)
             call.entries = self._step_entries[index]
