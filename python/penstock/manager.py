@@ -592,7 +592,8 @@ class MemoryManager:
                 raise ModelError(f"model {name!r} is not acquired; capture it inside `use`")
             if model.runner is None:
                 raise ModelError(f"model {name!r} has no weights to stream")
-            return CapturedPass(model.runner, args, kwargs)
+            runner = model.runner
+        return CapturedPass(runner, args, kwargs)  # calls wait for their turn: not with the lock
 
     def register_kernel(
         self,

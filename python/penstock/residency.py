@@ -40,8 +40,8 @@ class Residency:
 
     def add(self, tenant: Tenant) -> None:
         """Take a model in."""
+        self._sharing.set_turns([tenant, *self._by_use()])
         self._tenants.append(tenant)
-        self._sharing.set_turns(self._by_use())
 
     def remove(self, tenant: Tenant) -> None:
         """Forget a model."""
@@ -77,7 +77,11 @@ class Residency:
         tenant.runner.prefetch()
         tenant.in_use += 1
         self._sharing.history.note(tenant.name)
-        self._note_use(tenant)
+        try:
+            self._note_use(tenant)
+        except BaseException:
+            tenant.in_use -= 1
+            raise
 
     def end_use(self, tenant: Tenant, *, evict: bool) -> None:
         """Let go of a model; a kept or reserved one stays though it is to be evicted."""
