@@ -88,6 +88,8 @@ void bind_frames(py::module_& module) {
           "Order a replay after all other uses, if pages are where they were.")
       .def_property_readonly("mappings", &FramesRegion::mappings,
                              "Grows whenever a page is mapped elsewhere.")
+      .def("set_protected", &FramesRegion::set_protected, py::arg("is_protected"), without_gil,
+           "Say whether nothing is given to others.")
       .def("set_active", &FramesRegion::set_active, py::arg("active"), without_gil,
            "Say whether the model is in use; others take all frames of one that is not.")
       .def(

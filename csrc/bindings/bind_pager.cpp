@@ -123,6 +123,8 @@ void bind_pager(py::module_& module) {
            "The next occurrence of a step begins now.")
       .def("set_active", &ManagedPager::set_active, py::arg("region"), py::arg("active"),
            "Mark a region as in use or idle.")
+      .def("set_turn", &ManagedPager::set_turn, py::arg("region"), py::arg("turn"),
+           "Say when others take a region's pages: lower turns first; None: never.")
       .def("keep", &ManagedPager::keep, py::arg("region"), py::arg("pages"), without_gil,
            "Replace the pages that a plan keeps; they go when no others are left.")
       .def("stats", &ManagedPager::stats)

@@ -88,6 +88,8 @@ class FramesRegion : public Region {
   std::size_t frame_count() const;
   /// Whether the model is in use; one that is not gives everything back when others need it.
   void set_active(bool active);
+  /// Whether nothing is given to others.
+  void set_protected(bool is_protected);
   /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.
   std::uint64_t mappings() const;
 
@@ -238,6 +240,7 @@ class FramesRegion : public Region {
   std::vector<Place> places_;
   bool arranged_ = false;
   bool active_ = true;
+  bool protected_ = false;
   std::size_t largest_step_ = 0;  // pages
   std::uint64_t mappings_ = 0;
   bool verify_ = false;

@@ -37,10 +37,15 @@ void FramesRegion::set_active(bool active) {
   active_ = active;
 }
 
+void FramesRegion::set_protected(bool is_protected) {
+  const std::lock_guard lock(mutex_);
+  protected_ = is_protected;
+}
+
 std::size_t FramesRegion::give_back(RoomRank rank, std::size_t nbytes) {
   const ScopedRange range("give back");
   const std::lock_guard lock(mutex_);
-  if (capture_ || replaying_) return 0;  // a graph has its pages where they are
+  if (capture_ || replaying_ || protected_) return 0;  // a graph has its pages where they are
   const std::vector<PlaceIndex> places = places_to_give(rank);
   const std::size_t count = std::min(places.size(), (nbytes + page_size_ - 1) / page_size_);
   try {

@@ -321,6 +321,12 @@ void ManagedPager::set_active(ManagedRegion& region, bool active) {
   touch(region);
 }
 
+void ManagedPager::set_turn(ManagedRegion& region, std::optional<std::uint32_t> turn) {
+  require_own(region);
+  const std::lock_guard lock(mutex_);
+  region.turn_ = turn;
+}
+
 void ManagedPager::keep(ManagedRegion& region, const std::vector<PageIndex>& wanted) {
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   const std::lock_guard lock(mutex_);

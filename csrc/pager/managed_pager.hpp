@@ -109,6 +109,9 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   void advance(ManagedRegion& region, StepIndex step);
   /// Marks a region as being in use (its pages go after those of idle regions) or idle.
   void set_active(ManagedRegion& region, bool active);
+  /// Says when others take a region's pages, among regions that are as much in use: lower turns
+  /// first, then the least recently used; no turn: never. Every region begins with turn 0.
+  void set_turn(ManagedRegion& region, std::optional<std::uint32_t> turn);
   /// Replaces the pages that a plan wants resident; the others pass through. None: no plan.
   void keep(ManagedRegion& region, const std::vector<PageIndex>& pages);
   /// How many pages to ask for ahead at once, and how many may be ahead.

@@ -1,7 +1,9 @@
 // Whom the managed pager evicts, and what it says when nobody is left. With its lock held.
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "error/error.hpp"
@@ -104,14 +106,18 @@ std::vector<PageIndex> ManagedPager::victims_of(const ManagedRegion& region, std
 std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& wanting,
                                                                 std::size_t nbytes, StepTime after,
                                                                 Urgency urgency) const {
-  // Idle regions first, then the wanting one, then what others are using; by last use within each.
+  // Idle regions first, then the wanting one, then what others are using; by turn and last use
+  // within each.
   const auto rank = [&](const ManagedRegion* region) {
     if (region == &wanting) return 1;
     return region->active_ ? 2 : 0;
   };
-  std::vector<ManagedRegion*> order = regions_;
+  std::vector<ManagedRegion*> order;
+  std::copy_if(regions_.begin(), regions_.end(), std::back_inserter(order),
+               [&](const ManagedRegion* region) { return region == &wanting || region->turn_; });
   std::sort(order.begin(), order.end(), [&](const ManagedRegion* a, const ManagedRegion* b) {
-    return std::pair(rank(a), a->last_activity_) < std::pair(rank(b), b->last_activity_);
+    return std::tuple(rank(a), a->turn_, a->last_activity_) <
+           std::tuple(rank(b), b->turn_, b->last_activity_);
   });
   std::vector<Victims> chosen;
   std::size_t found = 0;

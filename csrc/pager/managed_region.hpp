@@ -66,14 +66,15 @@ class ManagedRegion : public Region, public FillTarget {
 
   PageTable table_;
   std::vector<PageEvents> events_;
-  std::vector<std::uint32_t> asked_;  // by page: unfinished requests to load it ahead
-  std::vector<PageIndex> strays_;     // absent pages that are being dropped; ascending
-  std::size_t largest_step_ = 0;      // most pages that pass through for one step
-  bool sealed_ = false;               // touched by the pager's load thread only
-  bool room_asked_ = false;           // whether the evict thread is to make room ahead
-  std::size_t pending_ = 0;           // requests the pager's threads have not finished
-  bool active_ = false;               // in use: others take its pages only when they must
-  std::uint64_t last_activity_ = 0;   // of the region as a whole
+  std::vector<std::uint32_t> asked_;       // by page: unfinished requests to load it ahead
+  std::vector<PageIndex> strays_;          // absent pages that are being dropped; ascending
+  std::size_t largest_step_ = 0;           // most pages that pass through for one step
+  bool sealed_ = false;                    // touched by the pager's load thread only
+  bool room_asked_ = false;                // whether the evict thread is to make room ahead
+  std::size_t pending_ = 0;                // requests the pager's threads have not finished
+  bool active_ = false;                    // in use: others take its pages only when they must
+  std::optional<std::uint32_t> turn_ = 0;  // when others take them, lower first; none: never
+  std::uint64_t last_activity_ = 0;        // of the region as a whole
 };
 
 }  // namespace penstock

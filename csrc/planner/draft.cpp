@@ -22,7 +22,7 @@ Draft Drafter::with_first_resident(std::size_t ring) const {
   std::vector<bool> resident = reads_.kept;
   std::size_t left = request_.frames - reads_.kept_count - ring;
   for (std::size_t page = 0; page < reads_.page_count() && left > 0; ++page) {
-    if (resident[page]) continue;
+    if (resident[page] || reads_.streamed[page]) continue;
     resident[page] = true;
     --left;
   }
@@ -44,13 +44,17 @@ std::optional<Draft> Drafter::with_ring(const ResidentQuery& query) const {
     auto resident = choose_resident(reads_, forced, query);
     if (!resident) return std::nullopt;
     Ring ring = assign_ring(reads_, *resident, query.ring);
-    const bool last = repair == kMostRepairs || forced_count + ring.colliding.size() > query.count;
-    if (ring.colliding.empty() || last) {
+    auto& colliding = ring.colliding;
+    colliding.erase(std::remove_if(colliding.begin(), colliding.end(),
+                                   [&](PageIndex page) { return reads_.streamed[page]; }),
+                    colliding.end());
+    const bool last = repair == kMostRepairs || forced_count + colliding.size() > query.count;
+    if (colliding.empty() || last) {
       drop_idle_frames(reads_, ring, *resident);
       return finish(*resident, std::move(ring.slot), ring.size);
     }
-    for (const PageIndex page : ring.colliding) forced[page] = true;
-    forced_count += ring.colliding.size();
+    for (const PageIndex page : colliding) forced[page] = true;
+    forced_count += colliding.size();
   }
 }
 

@@ -32,8 +32,12 @@ class Planner {
 
   Plan run() {
     check_cap();
-    if (reads_.page_count() <= request_.frames) return drafter_.with_all_resident().plan;
-    if (reads_.step_count() == 0) return drafter_.with_first_resident(doubtful_ring()).plan;
+    const std::size_t rest = reads_.page_count() - reads_.kept_count;
+    const bool fit = reads_.page_count() <= request_.frames;
+    if (fit && reads_.streamed_count == 0) return drafter_.with_all_resident().plan;
+    if (reads_.step_count() == 0) {
+      return drafter_.with_first_resident(std::min(doubtful_ring(), rest)).plan;
+    }
     if (to_stream() == 0) return drafter_.with_all_read_resident().plan;
     return best(drafts()).plan;
   }
@@ -62,12 +66,25 @@ class Planner {
   // Frames beside those of pages that have to stay.
   std::size_t spare() const { return request_.frames - reads_.kept_count; }
 
+  std::size_t read_and(const std::vector<bool>& pages, bool value) const {
+    return static_cast<std::size_t>(
+        std::count_if(reads_.order.begin(), reads_.order.end(),
+                      [&](PageIndex page) { return pages[page] == value; }));
+  }
+
   // Pages that are read and find no frame of their own, if all frames but one are given to them.
   std::size_t to_stream() const {
-    const auto& kept = reads_.kept;
-    const auto moving = static_cast<std::size_t>(std::count_if(
-        reads_.order.begin(), reads_.order.end(), [&](PageIndex page) { return !kept[page]; }));
-    return moving + 1 - std::min(moving + 1, spare());
+    const std::size_t moving = read_and(reads_.kept, false) + 1;
+    return std::max(moving - std::min(moving, spare()), read_and(reads_.streamed, true));
+  }
+
+  // The largest ring. Where nothing streams but what has to, two pages to a frame: one that had a
+  // frame to itself would stay.
+  std::size_t most_ring(std::size_t least) const {
+    const std::size_t streamed = read_and(reads_.streamed, true);
+    if (streamed == 0 || to_stream() > streamed) return spare();
+    const std::size_t others = read_and(reads_.kept, false) - streamed;
+    return std::max(least, std::min(spare() - others, streamed / 2));
   }
 
   std::vector<std::size_t> ring_sizes() const;
@@ -97,7 +114,8 @@ std::vector<std::size_t> Planner::ring_sizes() const {
       least = middle + 1;
     }
   }
-  const std::size_t most = std::min(spare(), std::max(to_stream(), step + kRoomInDoubt));
+  const std::size_t limit = most_ring(least);
+  const std::size_t most = std::min(limit, std::max(to_stream(), step + kRoomInDoubt));
   std::vector<std::size_t> sizes;
   for (std::size_t size = least; size < most;) {
     sizes.push_back(size);
@@ -107,8 +125,8 @@ std::vector<std::size_t> Planner::ring_sizes() const {
     size = next;
   }
   sizes.push_back(most);
-  sizes.push_back(doubtful_ring());
-  sizes.push_back(spare());
+  sizes.push_back(std::clamp(doubtful_ring(), least, limit));
+  sizes.push_back(limit);
   std::sort(sizes.begin(), sizes.end());
   sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
   return sizes;

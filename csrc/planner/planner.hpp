@@ -44,6 +44,7 @@ struct PlanRequest {
   std::vector<PageIndex> keep;                ///< Pages that have to be resident.
   std::size_t frames = 0;                     ///< Frames for resident set and ring together.
   double link_rate = 0;                       ///< Bytes per second, above 0.
+  std::vector<PageIndex> stream;              ///< Pages that must not be, unless they are kept.
 };
 
 /// The load of a page for a step.
@@ -68,9 +69,11 @@ struct Plan {
 /// @throws std::invalid_argument for a request that contradicts itself.
 std::size_t least_frames(const PlanRequest& request);
 
-/// If all pages fit, all are resident. Without steps nothing is known of the use of pages: the
-/// first ones stay, beside a ring for the others. Pages that no step reads are resident only if
-/// they have to be; they have a place in the ring, to be loaded on demand.
+/// If all pages fit, all are resident but those that have to stream: they share a ring that is too
+/// small for them. (Where a step reads them all at once there is no such ring, and they stay.)
+/// Without steps nothing is known of the use of pages: the first ones stay, beside a ring for the
+/// others. Pages that no step reads are resident only if they have to be; they have a place in the
+/// ring, to be loaded on demand.
 /// @throws CapExceededError where even `least_frames` are more than there are,
 ///         std::invalid_argument for a request that contradicts itself.
 Plan make_plan(const PlanRequest& request);

@@ -36,12 +36,19 @@ Reads::Reads(const PlanRequest& request)
     : pages_of(request.steps.size()),
       steps_of(request.page_count),
       reads_before(1, 0),
-      kept(request.page_count, false) {
+      kept(request.page_count, false),
+      streamed(request.page_count, false) {
   check(request);
   for (const PageIndex page : request.keep) {
     check_page(page, request.page_count);
     if (!kept[page]) ++kept_count;
     kept[page] = true;
+  }
+  for (const PageIndex page : request.stream) {
+    check_page(page, request.page_count);
+    if (kept[page] || streamed[page]) continue;
+    streamed[page] = true;
+    ++streamed_count;
   }
   for (std::size_t i = 0; i < request.steps.size(); ++i) {
     const auto step = static_cast<StepIndex>(i);

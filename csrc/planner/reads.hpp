@@ -1,6 +1,6 @@
 // What a request says, checked and without repetitions: the pages of each step, once each and in
-// the order given, the steps of each page, and which pages have to stay. Immutable and shared by
-// all that the planner tries.
+// the order given, the steps of each page, and which pages have to stay, or must not. Immutable and
+// shared by all that the planner tries.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,8 @@ struct Reads {
   std::vector<PageIndex> order;                  ///< Pages that are read, by their first read.
   std::vector<bool> kept;                        ///< By page.
   std::size_t kept_count = 0;
+  std::vector<bool> streamed;  ///< By page: whether it may not be resident.
+  std::size_t streamed_count = 0;
   std::size_t largest_step = 0;  ///< Pages of the largest step beside those that are kept.
 
   std::size_t page_count() const noexcept { return kept.size(); }

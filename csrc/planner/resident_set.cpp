@@ -62,7 +62,7 @@ void Chooser::count_loads() {
 std::vector<PageIndex> Chooser::streamed() const {
   std::vector<PageIndex> pages;
   std::copy_if(reads_.order.begin(), reads_.order.end(), std::back_inserter(pages),
-               [&](PageIndex page) { return !resident_[page]; });
+               [&](PageIndex page) { return !resident_[page] && !reads_.streamed[page]; });
   return pages;
 }
 
@@ -94,12 +94,17 @@ bool Chooser::make_steps_fit() {
   });
   for (const StepIndex step : steps) {
     std::vector<PageIndex> pages;
+    std::size_t forced = 0;  // to stream
     for (const PageIndex page : reads_.pages_of[step]) {
-      if (!resident_[page]) pages.push_back(page);
+      if (reads_.streamed[page]) {
+        ++forced;
+      } else if (!resident_[page]) {
+        pages.push_back(page);
+      }
     }
-    if (pages.size() <= query_.largest_step) continue;
-    const std::size_t excess = pages.size() - query_.largest_step;
-    if (excess > left_) return false;
+    if (pages.size() + forced <= query_.largest_step) continue;
+    const std::size_t excess = pages.size() + forced - query_.largest_step;
+    if (excess > std::min(left_, pages.size())) return false;
     const std::size_t rest = left_ - excess;
     left_ = excess;
     take_by_loads(pages, 1);

@@ -115,6 +115,8 @@ void drop_idle_frames(const Reads& reads, Ring& ring, std::vector<bool>& residen
       if (resident[page]) continue;
       (renamed[ring.slot[page]] == kDropped ? stayed : sharing).push_back(page);
     }
+    const auto may_not = [&](PageIndex page) { return reads.streamed[page]; };
+    sharing.erase(std::remove_if(sharing.begin(), sharing.end(), may_not), sharing.end());
     const std::vector<PageIndex> gifts = spread(sharing, std::min(idle, sharing.size()));
     stayed.insert(stayed.end(), gifts.begin(), gifts.end());
     if (stayed.size() == before) break;

@@ -8,7 +8,7 @@ a module's own would leave its parts no room, it is read piece by piece after al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -61,7 +61,10 @@ def whole_subtrees(
 
 
 def learn(
-    steps: Steps, calls: Sequence[ObservedCall], most_pages: int
+    steps: Steps,
+    calls: Sequence[ObservedCall],
+    most_pages: int,
+    pinned: Collection[int] = (),
 ) -> tuple[Order, frozenset[int]]:
     """Say what each module's step is from now on, and the order that follows from that.
 
@@ -73,6 +76,8 @@ def learn(
         Of the pass, in the order in which they began.
     most_pages
         Pages that may be in place at once.
+    pinned
+        Those that are in any case.
 
     Returns
     -------
@@ -84,7 +89,7 @@ def learn(
         if steps.learn(call.module, call.read):
             changed.add(call.module)
     order = _order_of(steps, calls, changed)
-    if modules := _held_too_long(steps, order, most_pages):
+    if modules := _held_too_long(steps, order, most_pages, set(pinned)):
         for module in modules:
             steps.read_singly(module)
         changed |= modules
@@ -114,10 +119,10 @@ def _order_of(steps: Steps, calls: Sequence[ObservedCall], changed: set[int]) ->
     return Order(tuple(places))
 
 
-def _held_too_long(steps: Steps, order: Order, most_pages: int) -> set[int]:
+def _held_too_long(steps: Steps, order: Order, most_pages: int, pinned: set[int]) -> set[int]:
     """Find modules that read by themselves, and hold that while their parts have no room."""
     found: set[int] = set()
     for (_, outer), pages in zip(order.places, steps.pages_in_use(order), strict=True):
-        if len(pages) > most_pages:
+        if len(pinned.union(pages)) > most_pages:
             found.update(step for step in outer if step not in steps.whole)
     return found

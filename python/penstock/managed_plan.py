@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from penstock import _core
+from penstock.parts import Parts
 
 __all__ = ["ManagedPlan", "plan_managed"]
 
@@ -15,6 +16,9 @@ BATCH_BYTES = _core.ManagedPager.largest_batch
 
 BATCHES = 4
 """In the ring: one is copied, one read, one evicted, and one is there for what does not fit."""
+
+
+_NO_PARTS = Parts()
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ def plan_managed(
     page_size: int,
     link_rate: float,
     seconds: Sequence[float] = (),
+    parts: Parts = _NO_PARTS,
 ) -> ManagedPlan:
     """Choose the pages that stay.
 
@@ -55,24 +60,35 @@ def plan_managed(
         Bytes per second of copies.
     seconds
         Compute time of each step; empty if unknown.
+    parts
+        Pages that have to stay, and those that must not.
     """
-    order = list(dict.fromkeys(page for step in steps for page in step))
+    pinned, streamed = set(parts.pinned), set(parts.streamed).difference(parts.pinned)
+    read = list(dict.fromkeys(page for step in steps for page in step))
     compute = sum(seconds)
-    if len(order) <= frames:
-        return ManagedPlan(tuple(sorted(order)), 0, 0, compute)
+    stay = pinned.union(read) - streamed
+    if len(pinned.union(read)) <= frames:
+        nbytes = len(streamed.intersection(read)) * page_size
+        ring = frames - len(stay) if nbytes else 0
+        seconds_of_pass = max(nbytes / link_rate, compute)
+        return ManagedPlan(tuple(sorted(stay)), ring, nbytes, seconds_of_pass)
+    order = [page for page in read if page not in pinned]
+    frames -= len(pinned)
     batch = max(1, BATCH_BYTES // page_size)
     ring = min(BATCHES * batch, frames // 2)
-    largest = max(len(set(step)) for step in steps)
+    largest = max(len(set(step) - pinned) for step in steps)
     ring = min(max(ring, largest + max(1, min(batch, ring // BATCHES))), frames)
     count = frames - ring
     loads = _loads(steps, ring, 1 - count / len(order))
     kept: list[int] = []
     for level in sorted({*loads.values()}, reverse=True):
-        pages = [page for page in order if loads[page] == level]
+        pages = [page for page in order if loads[page] == level and page not in streamed]
         kept += _runs(pages, min(count - len(kept), len(pages)), batch)
     passing = set(order).difference(kept)
     nbytes = sum(loads[page] for page in passing) * page_size
-    return ManagedPlan(tuple(sorted(kept)), ring, nbytes, max(nbytes / link_rate, compute))
+    return ManagedPlan(
+        tuple(sorted((*kept, *pinned))), ring, nbytes, max(nbytes / link_rate, compute)
+    )
 
 
 def _loads(steps: Sequence[Sequence[int]], ring: int, share: float) -> dict[int, int]:

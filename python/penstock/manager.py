@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,23 +20,32 @@ from penstock import _core
 from penstock.adopt import Origin, Write, give_back, move_in, survey
 from penstock.binding import Binding
 from penstock.capture import CapturedPass
-from penstock.errors import CapExceededError, ModelError
+from penstock.errors import CapExceededError, ModelError, ScheduleError
 from penstock.fill import fill
 from penstock.hard_cap import current_cap
 from penstock.host import HOST_TIERS, open_tier, require_budget
+from penstock.kernels import Kernel, KernelFunction
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.pager import Pager
+from penstock.parts import find_parts, select_modules
+from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
+from penstock.residency import Residency
 from penstock.runner import Runner
-from penstock.sharing import Sharing
+from penstock.sharing import Busy, Tenant
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
+from penstock.turns import Turns
 from penstock.weights import find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
+
+T = TypeVar("T")
+
+_PATIENCE = 60.0  # seconds to wait for calls in other threads to give room back
 
 _log = logging.getLogger("penstock")
 
@@ -44,10 +55,13 @@ class _Model:
     """One registered model."""
 
     binding: Binding
-    runner: Runner | None  # and with it, the memory; None where it has no weights
+    tenant: Tenant | None  # what runs it, and its memory; None where it has no weights
     acquired: int = 0
-    last_use: int = 0
     origin: Origin | None = None  # where the tensors of an adopted model were
+
+    @property
+    def runner(self) -> Runner | None:
+        return self.tenant.runner if self.tenant else None
 
 
 class MemoryManager:
@@ -82,6 +96,8 @@ class MemoryManager:
         Slow; for tests.
     progress
         Whether to show progress bars; None for: if standard error is a terminal.
+    policy
+        Which models give way first where others need room; None for `penstock.FarthestUse`.
 
     Raises
     ------
@@ -90,8 +106,8 @@ class MemoryManager:
 
     Notes
     -----
-    Managing is thread-safe; each model runs in one thread at a time. A failed call changes nothing:
-    the ledger stays balanced and the manager usable.
+    Thread-safe. Calls of one model wait for each other, and run in the order in which they came. A
+    failed call changes nothing: the ledger stays balanced and the manager usable.
     """
 
     def __init__(
@@ -106,6 +122,7 @@ class MemoryManager:
         trace: bool = False,
         verify: bool = False,
         progress: bool | None = None,
+        policy: Policy | None = None,
     ) -> None:
         if host not in HOST_TIERS:
             raise ValueError(f"host tier {host!r} is not known; use one of {', '.join(HOST_TIERS)}")
@@ -115,8 +132,8 @@ class MemoryManager:
         self._trace = trace
         self._verify = verify
         self._progress = progress
-        self._sharing = Sharing(self._pager)
-        self._uses = 0
+        self._residency = Residency(self._pager, policy or FarthestUse())
+        self._turns = Turns()
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
         if self._pager.hard_cap is not None:
@@ -141,6 +158,9 @@ class MemoryManager:
         dtype: torch.dtype | None = None,
         strict: bool = True,
         writable: bool = False,
+        pin: Sequence[str] = (),
+        stream: Sequence[str] = (),
+        exist_ok: bool = False,
     ) -> None:
         """Build a model on pager memory and read its weights; none of it is resident afterwards.
 
@@ -163,27 +183,49 @@ class MemoryManager:
             Whether the weights will be written to, with managed memory: evicting then moves them.
             Without a meaning for frames, where each write is found and copied back, if the host
             tier is pinned; others refuse it.
+        pin
+            Patterns of module names, as `fnmatch` has them: these modules and what is in them stay
+            in place for as long as the model is in use, or holds memory at all with frames.
+        stream
+            The same for modules that stream even where there is room for them to stay. They do so
+            by whole pages: those that they share with other modules do not count.
+        exist_ok
+            Whether a model that has the name already is left as it is, instead of an error.
 
         Raises
         ------
         ModelError
-            If the name is taken, or the module is no skeleton.
+            If the name is taken, the module is no skeleton, a pattern matches no module, or one is
+            pinned and streamed.
         CheckpointError
             If the weights cannot be read, or do not fit the module.
         CapExceededError
-            If the host tier needs more than `host_budget`.
+            If the host tier needs more than `host_budget`, or what is pinned more than the cap.
         DeviceError
             If there is no room for the region.
         """
         with self._lock:
+            if exist_ok and name in self._models:
+                return
             self._require_new(name)
             module = build_skeleton(module_or_builder)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
+            parts = find_parts(
+                name, module, placements, pin=pin, stream=stream,
+                page_size=self.pager.page_size, cap=self.pager.cap,
+            )  # fmt: skip
             _announce_conversion(name, placements)
             memory = self._filled_memory(name, placements, nbytes, writable) if nbytes else None
-            self._models[name] = self._bind(name, module, placements, memory)
+            if memory is not None:
+                memory.parts = parts
+            self._add(name, self._bind(name, module, placements, memory))
+
+    def _add(self, name: str, model: _Model) -> None:
+        self._models[name] = model
+        if model.tenant is not None:
+            self._residency.add(model.tenant)
 
     def _require_new(self, name: str) -> None:
         if name in self._models:
@@ -229,7 +271,8 @@ class MemoryManager:
                 if memory is None:
                     return _Model(binding, None)
                 memory.finish_filling()
-                return _Model(binding, Runner(name, binding, memory, trace=self._trace))
+                runner = Runner(name, binding, memory, trace=self._trace, turns=self._turns)
+                return _Model(binding, Tenant(name, runner))
         except BaseException:
             if memory is not None:
                 memory.close()
@@ -278,7 +321,7 @@ class MemoryManager:
                     give_back(moved, memory, origin)
                     raise
             model.origin = origin
-            self._models[name] = model
+            self._add(name, model)
 
     def _empty_memory(self, nbytes: int) -> tuple[Write, ModelMemory | None]:
         if nbytes == 0:
@@ -326,53 +369,67 @@ class MemoryManager:
         model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
-        if model.runner is not None:
-            model.runner.evict()
-            model.runner.detach(readable=readable)
-            model.runner.memory.close()
+        if model.tenant is not None:
+            runner = model.tenant.runner
+            runner.evict()
+            runner.detach(readable=readable)
+            runner.memory.close()
+            self._residency.remove(model.tenant)
         del self._models[name]
 
     def acquire(self, name: str) -> nn.Module:
         """Mark a model as in use, begin to bring it in, and return it.
 
-        Returns at once; each module waits for its own pages. Idle models make room, the least
-        recently used first.
+        Each module waits for its own pages. Other models make room, in the order of the policy;
+        one that is being called gives up at once what its present step does not use, or where it
+        cannot (it runs freely, in another thread), is waited for.
 
         Raises
         ------
         ModelError
             If there is no such model.
+        CapExceededError
+            If it cannot run beside the models in use, and those that are protected from it.
+        ScheduleError
+            If a thread that has to be waited for waits for this one.
         """
-        with self._lock:
+        return self._begin_use(name)
+
+    def _begin_use(self, name: str, *, guest: bool = False) -> nn.Module:
+        def begin() -> nn.Module:
             model = self._find(name)
             model.binding.warn_if_moved()
-            if model.runner is not None:
-                self._make_room(model.runner)
-                model.runner.memory.set_active(True)
-                model.runner.prefetch()
+            if model.tenant is not None:
+                self._residency.begin_use(model.tenant, guest=guest)
             model.acquired += 1
-            self._note_use(model)
             return model.binding.module
 
-    def _note_use(self, model: _Model) -> None:
-        self._uses += 1
-        model.last_use = self._uses
+        return self._when_there_is_room(begin)
 
-    def _runners(self) -> list[tuple[Runner, bool]]:
-        """List all models with weights, the least recently used first, and whether in use."""
-        models = sorted(self._models.values(), key=lambda each: each.last_use)
-        return [(each.runner, each.acquired > 0) for each in models if each.runner is not None]
-
-    def _make_room(self, runner: Runner) -> None:
-        others = [(other, in_use) for other, in_use in self._runners() if other is not runner]
-        self._sharing.make_room(runner, others)
-
-    def _share_again(self) -> None:
-        """Give each model in use its share of what there is now."""
-        for runner, in_use in self._runners():
-            if in_use:
-                self._make_room(runner)
-                return
+    def _when_there_is_room(self, work: Callable[[], T]) -> T:
+        """Do something with the lock, again where a call has to end first."""
+        end = time.monotonic() + _PATIENCE
+        busy: Runner | None = None
+        while True:
+            if busy is not None:
+                # Not while the lock is held: the call may need it to end.
+                busy.turn.take(sys._getframe())
+            try:
+                with self._lock:
+                    if busy is not None:
+                        busy.end_interrupted()
+                    return work()
+            except Busy as found:
+                if time.monotonic() > end:
+                    raise ScheduleError(
+                        f"no room after {_PATIENCE:.0f} s: model {found.runner.name!r} runs freely "
+                        "in another thread, and keeps what it has until its call ends"
+                    ) from None
+                runner = found.runner
+            finally:
+                if busy is not None:
+                    busy.turn.give_back()
+            busy = runner
 
     def release(self, name: str, *, evict: bool = False) -> None:
         """Take one `acquire` back.
@@ -381,7 +438,7 @@ class MemoryManager:
         ----------
         evict
             Whether to drop the model's pages when nobody has it acquired; else they stay until
-            others need the room.
+            others need the room. Pages that are kept resident or reserved stay in any case.
 
         Raises
         ------
@@ -393,14 +450,8 @@ class MemoryManager:
             if model.acquired == 0:
                 raise ModelError(f"model {name!r} is not acquired")
             model.acquired -= 1
-            self._note_use(model)
-            if model.acquired == 0 and model.runner is not None:
-                model.runner.memory.set_active(False)
-                model.runner.unwind()
-                if evict:
-                    model.runner.evict()
-                    with suppress(CapExceededError):  # others have what they had
-                        self._share_again()
+            if model.tenant is not None:
+                self._residency.end_use(model.tenant, evict=evict)
 
     @contextmanager
     def use(self, name: str) -> Iterator[nn.Module]:
@@ -417,6 +468,98 @@ class MemoryManager:
         finally:
             self.release(name, evict=True)
 
+    @contextmanager
+    def guest(self, name: str) -> Iterator[nn.Module]:
+        """Use a model for a block within what is not reserved; it is evicted at the end.
+
+        It streams through as much as there is.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, or it is reserved.
+        CapExceededError
+            If what reserved models leave is too little for one of its steps.
+        """
+        module = self._begin_use(name, guest=True)
+        try:
+            yield module
+        finally:
+            self.release(name, evict=True)
+
+    @contextmanager
+    def keep_resident(self, *names: str) -> Iterator[None]:
+        """Protect the pages of models from all others inside the block. It nests.
+
+        Also pages that are brought in inside the block, and also from the end of a `use`. When the
+        block ends, in whichever way, they stay until others need the room.
+
+        Parameters
+        ----------
+        names
+            Of models; none for all that are acquired now.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+
+        Warns
+        -----
+        NothingToKeepWarning
+            If there is nothing to protect.
+        """
+        with self._lock:
+            tenants = [tenant for name in names if (tenant := self._find(name).tenant)]
+            kept = self._residency.keep(tenants if names else None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._residency.keep_no_more(kept)
+
+    def reserve(self, name: str, *, priority: Priority = Priority.PRIMARY) -> None:
+        """Bring a model in to stay, and take its size from what guests may use.
+
+        Parameters
+        ----------
+        name
+            Of the model. Each has one reservation: the same once more does nothing.
+        priority
+            `Priority.PRIMARY` is never evicted. `Priority.SECONDARY` is where another model could
+            not run otherwise, unless that is a guest; the report says so.
+
+        Raises
+        ------
+        CapExceededError
+            If the model does not fit, as a whole, beside what others reserve, keep, or need in
+            order to run. Nothing has changed then.
+        ModelError
+            If there is no such model, or it is reserved with another priority.
+        """
+
+        def begin() -> None:
+            tenant = self._find(name).tenant
+            if tenant is not None:
+                self._residency.reserve(tenant, priority)
+
+        self._when_there_is_room(begin)
+
+    def release_reservation(self, name: str) -> None:
+        """Take `reserve` back; without a reservation, do nothing.
+
+        What the model holds stays until others need the room.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            tenant = self._find(name).tenant
+            if tenant is not None:
+                self._residency.release_reservation(tenant)
+
     def prefetch(self, name: str) -> None:
         """Begin to bring a model in without acquiring it, as far as there is room; return at once.
 
@@ -426,11 +569,9 @@ class MemoryManager:
             If there is no such model.
         """
         with self._lock:
-            model = self._find(name)
-            if model.runner is None:
-                return
-            if model.acquired or self._sharing.use_free_room(model.runner):
-                model.runner.prefetch()
+            tenant = self._find(name).tenant
+            if tenant is not None:
+                self._residency.prefetch(tenant)
 
     def capture(self, name: str, *args: Any, **kwargs: Any) -> CapturedPass:  # noqa: ANN401
         """Capture one call of an acquired model in a CUDA graph, its copies included.
@@ -455,7 +596,64 @@ class MemoryManager:
                 raise ModelError(f"model {name!r} is not acquired; capture it inside `use`")
             if model.runner is None:
                 raise ModelError(f"model {name!r} has no weights to stream")
-            return CapturedPass(model.runner, args, kwargs)
+            runner = model.runner
+        return CapturedPass(runner, args, kwargs)  # calls wait for their turn: not with the lock
+
+    def register_kernel(
+        self,
+        modules: str | type[nn.Module],
+        function: KernelFunction,
+        *,
+        model: str | None = None,
+    ) -> Kernel:
+        """Have a function of your own called in place of the forward of some modules.
+
+        The function is called as `function(module, *args, **kwargs)`. The parameters and buffers of
+        the module, and of all modules in it, are in place then, and plain tensors: it may give
+        their addresses to a kernel. They are one step, so they have to fit together. The function
+        may call the module's parts.
+
+        Parameters
+        ----------
+        modules
+            A pattern of module names, as `fnmatch` has them, or a class.
+        function
+            What is called.
+        model
+            Of which model; None for all that are registered now.
+
+        Returns
+        -------
+        Kernel
+            Its `remove` undoes it; so does the end of a `with` block. Unregistering a model does
+            not.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, no module matches, or one has a kernel already.
+        ScheduleError
+            If a model is being called.
+        """
+        with self._lock:
+            models = {model: self._find(model)} if model is not None else dict(self._models)
+            found: list[tuple[str, nn.Module]] = []
+            owners: dict[int, Runner | None] = {}
+            for name, each in models.items():
+                for part in select_modules(each.binding.module, modules):
+                    found.append((f"{name}: {part[0]}", part[1]))
+                    owners[id(part[1])] = each.runner
+            if not found:
+                known = ", ".join(repr(name) for name in models) or "no model"
+                raise ModelError(f"{modules!r} matches no module of {known}")
+
+            def changed(module: nn.Module, whole: bool) -> None:
+                runner = owners[id(module)]
+                if runner is not None:
+                    with self._lock:
+                        runner.hold_whole(module, whole)
+
+            return Kernel(function, found, changed)
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what was traced as a Chrome trace, for chrome://tracing or Perfetto.
@@ -495,10 +693,9 @@ class MemoryManager:
     def loosen(self) -> None:
         """Have models that are in place as a whole run step by step, so that they can give way."""
         with self._lock:
-            for runner, _ in self._runners():
-                with runner.resting() as resting:
-                    if resting:
-                        runner.attach()
+            for model in self._models.values():
+                if model.runner is not None:
+                    model.runner.go_by_steps()
 
     def set_cap(self, cap: int | str) -> None:
         """Change the cap. Where more is held than that, models give way first, idle ones first.
@@ -508,34 +705,32 @@ class MemoryManager:
         Raises
         ------
         CapExceededError
-            If a model in use cannot run under the new cap; the old one stays.
+            If a model in use cannot run under the new cap, or primaries and what is kept resident
+            do not fit; the old one stays.
         ScheduleError
-            If a model that has to give way is running.
+            If a thread that has to be waited for waits for this one.
         """
         if self._pager.hard_cap is not None:
             self._pager.hard_cap.set_cap(cap)
             return
         nbytes = parse_bytes(cap)
-        with self._lock:
-            before = self._pager.cap
-            if nbytes < before:
-                idle = [runner for runner, in_use in self._runners() if not in_use]
-                active = [runner for runner, in_use in self._runners() if in_use]
-                try:
-                    self._sharing.give_way(nbytes, idle, active)
-                except CapExceededError:
-                    self._share_again()
-                    raise
-            if not self._pager.budget.try_set_cap(nbytes):
+
+        def change() -> None:
+            ledger = self._pager.budget.stats()
+            if nbytes < ledger.cap:
+                self._residency.give_way(nbytes)
+            changed = self._pager.budget.try_set_cap(nbytes)
+            self._residency.share_again()
+            if not changed:
                 used = self._pager.budget.stats().used
-                self._share_again()
                 raise CapExceededError(
                     f"{format_bytes(used)} are in use, so the cap cannot be {format_bytes(nbytes)}",
                     requested=nbytes,
-                    cap=before,
+                    cap=ledger.cap,
                     used=used,
                 )
-            self._share_again()
+
+        self._when_there_is_room(change)
 
     def stats(self) -> ManagerStats:
         """Return the figures of this manager and its models."""
@@ -577,6 +772,9 @@ class MemoryManager:
             steps=len(model.runner.steps) if model.runner else 0,
             moved=tuple(model.binding.moved()),
             memory=figures,
+            kept=model.tenant is not None and model.tenant.kept > 0,
+            reserved=model.tenant.reserved if model.tenant else None,
+            pushed_out_bytes=model.tenant.pushed_out if model.tenant else 0,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from penstock import _core
 from penstock.errors import ScheduleError
 from penstock.managed_plan import ManagedPlan, plan_managed
 from penstock.pager import Pager, Region, wait_until_pinned
+from penstock.parts import Parts
 from penstock.stats import MemoryStats, PassFigures
 
 __all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
@@ -25,16 +27,28 @@ _ENTRY = 8
 _TABLE = 2 << 20
 _LEAST_GROWTH = 50  # of a model's pages, one in so many is worth a new plan
 
+_DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
+
 PagesOfSteps = Sequence[Sequence[int]]
 """For each step of a pass, the pages that are in use there."""
 
 
-class ModelMemory(ABC):
-    """The memory of one model."""
+_NO_PARTS = Parts()
 
-    def __init__(self, pager: Pager, region: Region) -> None:
+
+class ModelMemory(ABC):
+    """The memory of one model.
+
+    Parameters
+    ----------
+    parts
+        Pages that have to stay, and those that must not; it may be set until the model runs.
+    """
+
+    def __init__(self, pager: Pager, region: Region, parts: Parts = _NO_PARTS) -> None:
         self.pager = pager
         self.region = region
+        self.parts = parts
         self.streamer = _core.Streamer(region.core)
         self.plan: _core.Plan | ManagedPlan | None = None
 
@@ -84,8 +98,23 @@ class ModelMemory(ABC):
         """Drop all that is not in use."""
         self.region.core.evict(self.all_pages)
 
+    @abstractmethod
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        """Drop some pages that are not in use.
+
+        Parameters
+        ----------
+        pages
+            How many, at least, if there are so many.
+        order
+            All pages, those first that are missed least.
+        """
+
     def finish_filling(self) -> None:  # noqa: B027
         """Say that all bytes are written; returns when they can be streamed."""
+
+    def end_pass(self) -> None:  # noqa: B027
+        """Have pages go that are not to stay; before any are loaded for the next pass."""
 
     def close(self) -> None:  # noqa: B027
         """End the use of the memory; tensors on it may live on."""
@@ -101,6 +130,19 @@ class ModelMemory(ABC):
     @abstractmethod
     def set_active(self, active: bool) -> None:
         """Say whether the model is in use; others take its pages only when they must."""
+
+    @abstractmethod
+    def set_turn(self, turn: int | None) -> None:
+        """Say when others take its pages: lower turns first; None for never."""
+
+    @abstractmethod
+    def load_all(self, stream: int) -> None:
+        """Begin to bring in all that it may hold."""
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """What it costs to bring a byte back."""
+        return 1 / self.pager.link_rate
 
     def stats(self, step_name: Callable[[int], str] = str) -> MemoryStats:
         """Return what it holds and has moved."""
@@ -147,11 +189,13 @@ class ManagedMemory(ModelMemory):
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
         self._kept: tuple[int, ...] = ()
+        self._pinned = False
+        self.allowed: int | None = None  # pages beside what other models claim; None: all
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
-        if max(map(len, steps), default=0) > frames:
+        if _core.least_frames(self.page_count, steps, self.parts.pinned) > frames:
             steps = ()  # the pager says it better, when the step is run
         self.plan = None
         if steps and frames > 0:
@@ -161,9 +205,17 @@ class ManagedMemory(ModelMemory):
                 page_size=self.pager.page_size,
                 link_rate=self.pager.link_rate,
                 seconds=seconds,
+                parts=self.parts,
             )
             if not self.plan.kept:  # then the farthest next use goes, as in any plan without them
-                self.plan = self.pager.plan(self.page_count, steps, frames, seconds)
+                self.plan = self.pager.plan(
+                    self.page_count,
+                    steps,
+                    frames,
+                    seconds,
+                    keep=self.parts.pinned,
+                    stream=self.parts.streamed,
+                )
         # Where nothing has to pass through, all is loaded in batches as large as can be.
         plan = self.plan
         kept = plan.kept if isinstance(plan, ManagedPlan) and plan.ring else ()
@@ -172,8 +224,18 @@ class ManagedMemory(ModelMemory):
             self._kept = kept
 
     @override
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        before = self.region_core.stats().resident_pages
+        for at in range(0, len(order), max(pages, 1)):
+            given_up = before - self.region_core.stats().resident_pages
+            if given_up >= pages:
+                return
+            self.region_core.evict(order[at : at + pages - given_up])
+
+    @override
     def fits(self) -> bool:
-        return self.region.nbytes <= self.pager.cap
+        beside = self.allowed is None or self.page_count <= self.allowed
+        return beside and self.region.nbytes <= self.pager.cap and not self.parts.streamed
 
     @property
     @override
@@ -181,8 +243,26 @@ class ManagedMemory(ModelMemory):
         return self.pager.cap // self.pager.page_size
 
     @override
+    def set_turn(self, turn: int | None) -> None:
+        self.pager.core.set_turn(self.region_core, turn)
+
+    @override
+    def load_all(self, stream: int) -> None:
+        pages = [page for page in self.all_pages if page not in self.parts.streamed]
+        self.pager.core.prefetch(self.region_core, pages, stream)
+
+    @override
     def set_active(self, active: bool) -> None:
+        if active != self._pinned and self.parts.pinned:
+            change = self.region_core.begin if active else self.region_core.end
+            change(self.parts.pinned, self.pager.stream())
+            self._pinned = active
         self.pager.core.set_active(self.region_core, active)
+
+    @override
+    def end_pass(self) -> None:
+        if self.parts.streamed:
+            self.region_core.evict(self.parts.streamed)
 
     @override
     def _own_stats(self) -> dict[str, Any]:
@@ -217,6 +297,7 @@ class FramesMemory(ModelMemory):
         self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
         self._mappings = 0  # as of then
+        self._lock = threading.RLock()  # others have a model give frames up while it runs
 
     @override
     def finish_filling(self) -> None:
@@ -242,19 +323,28 @@ class FramesMemory(ModelMemory):
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
-        frames = min(self.frames, self.page_count)
-        plan = self.pager.plan(self.page_count, steps, frames, seconds)
-        arranged = (tuple(plan.slot), plan.ring)
-        if arranged != self._arranged or self.region_core.mappings != self._mappings:
-            try:
-                self.region_core.arrange(plan.slot, plan.ring)
-            except ScheduleError:  # somebody holds a view: places are found on demand until then
-                self.plan = None
-                return
-            self._arranged = arranged
-            self._mappings = self.region_core.mappings
-        self.plan = plan
-        self.tier.expect([page for page, _ in plan.loads])
+        with self._lock:
+            frames = min(self.frames, self.page_count)
+            plan = self.pager.plan(
+                self.page_count,
+                steps,
+                frames,
+                seconds,
+                keep=self.parts.pinned,
+                stream=self.parts.streamed,
+            )
+            arranged = (tuple(plan.slot), plan.ring)
+            mappings = self.region_core.mappings
+            if arranged != self._arranged or mappings != self._mappings:
+                try:
+                    self.region_core.arrange(plan.slot, plan.ring)
+                except ScheduleError:  # somebody holds a view: places are found on demand then
+                    self.plan = None
+                    return
+                self._arranged = arranged
+                self._mappings = self.region_core.mappings
+            self.plan = plan
+            self.tier.expect([page for page, _ in plan.loads])
 
     @override
     def fits(self) -> bool:
@@ -264,6 +354,11 @@ class FramesMemory(ModelMemory):
     @override
     def most_pages(self) -> int:
         return self.frames
+
+    @property
+    @override
+    def seconds_per_byte(self) -> float:
+        return 1 / (_DISK_RATE if self.tier.kind == "stream" else self.pager.link_rate)
 
     @property
     def frames_held(self) -> int:
@@ -307,8 +402,34 @@ class FramesMemory(ModelMemory):
 
     @override
     def evict(self) -> None:
-        super().evict()
-        self._arranged = None
+        with self._lock:
+            super().evict()
+            self._arranged = None
+
+    @override
+    def give_up(self, pages: int, order: Sequence[int]) -> None:
+        with self._lock:
+            left = max(0, self.frames_held - pages)
+            self._arranged = None
+            # Frames of the ring are free only when all their pages have gone; what is in them is
+            # of the least use.
+            slots = self.plan.slot if isinstance(self.plan, _core.Plan) else []
+            sharing = [page for page, slot in enumerate(slots) if slot is not None]
+            if sharing and self.frames_held > left:
+                self.region_core.evict(sharing)
+            for page in order:
+                if self.frames_held <= left:
+                    break
+                self.region_core.evict([page])
+
+    @override
+    def set_turn(self, turn: int | None) -> None:
+        """Say whether others may take frames without asking; their order is that of next uses."""
+        self.region_core.set_protected(turn is None)
+
+    @override
+    def load_all(self, stream: int) -> None:
+        self.streamer.prefetch()
 
     @override
     def set_active(self, active: bool) -> None:

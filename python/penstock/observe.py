@@ -30,6 +30,10 @@ class ReadObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tensors = tensors
         self._on_read = on_read
 
+    def stop(self) -> None:
+        """Tell of nothing any more, where the mode cannot be left."""
+        self._tensors = {}
+
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401

@@ -257,6 +257,9 @@ class Pager:
         steps: Sequence[Sequence[int]],
         frames: int,
         seconds: Sequence[float] = (),
+        *,
+        keep: Sequence[int] = (),
+        stream: Sequence[int] = (),
     ) -> _core.Plan:
         """Plan which pages stay and how the others stream.
 
@@ -270,6 +273,8 @@ class Pager:
             How many pages may be held at once.
         seconds
             Compute time of each step; empty if unknown.
+        keep, stream
+            Pages that have to stay, and those that must not.
 
         Raises
         ------
@@ -283,6 +288,8 @@ class Pager:
             frames=frames,
             link_rate=self.link_rate,
             step_seconds=seconds,
+            keep=keep,
+            stream=stream,
         )
 
     def capturing(self) -> bool:

@@ -66,7 +66,7 @@ class Planning:
         """
         orders = self._orders or [order]
         pages = [used for each in orders for used in self._steps.pages_in_use(each)]
-        return _core.least_frames(self._memory.page_count, pages)
+        return _core.least_frames(self._memory.page_count, pages, self._memory.parts.pinned)
 
     def renew(self, order: Order, *, guess: bool) -> None:
         """Plan anew, as what the model may use has changed.
@@ -86,6 +86,12 @@ class Planning:
         self._plan_for(self._orders or [order])
         if guess:
             self._orders = []
+
+    def forget(self) -> None:
+        """Forget what was planned for, as the steps have changed."""
+        self._orders = []
+        self._previous = None
+        self._phase = _Phase.PLANNED
 
     def improve(self, order: Order, *, steady: bool) -> None:
         """Plan for the order of the pass that has ended, or by its times, where that is better.

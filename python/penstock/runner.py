@@ -7,7 +7,8 @@ and open the tensors that it reads; whatever is read beside goes through the gua
 its own from then on. After a pass the plan is improved (`planning`). A model that is in place as a
 whole runs freely: it has no hooks but on its entry points.
 
-One model runs in one thread at a time.
+One model runs in one thread at a time; others wait for their turn. An interrupt (anything that is
+no `Exception`) ends calls without a word of it: those are ended by whoever comes next.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,10 +28,11 @@ from penstock.errors import CapExceededError, ScheduleError
 from penstock.guard import Entry, Guard
 from penstock.hooks import Hooks
 from penstock.learning import learn, whole_subtrees
-from penstock.memory import ModelMemory
+from penstock.memory import FramesMemory, ModelMemory
 from penstock.observe import ReadObserver
 from penstock.planning import Planning, too_large
 from penstock.steps import Order, Place, Steps
+from penstock.turns import Turn, Turns, is_over
 
 __all__ = ["Runner"]
 
@@ -37,11 +40,12 @@ __all__ = ["Runner"]
 class _Call:
     """One call of a module that is under way."""
 
-    __slots__ = ("begun", "entries", "module", "outer", "parent", "read")
+    __slots__ = ("begun", "entries", "frame", "module", "outer", "parent", "read")
 
-    def __init__(self, module: int, parent: _Call | None) -> None:
+    def __init__(self, module: int, parent: _Call | None, frame: FrameType) -> None:
         self.module = module
         self.parent = parent
+        self.frame = frame  # of the function that calls the module's hooks and its forward
         # The steps of the calls around it.
         self.outer: tuple[int, ...] = (*parent.outer, *parent.begun) if parent else ()
         self.begun: list[int] = []  # steps
@@ -60,10 +64,18 @@ class Runner:
         Where the model's tensors are; an attribute, too.
     trace
         Whether times are taken of every step and load.
+    turns
+        Those of the models beside which it runs.
     """
 
     def __init__(
-        self, name: str, binding: Binding, memory: ModelMemory, *, trace: bool = False
+        self,
+        name: str,
+        binding: Binding,
+        memory: ModelMemory,
+        *,
+        trace: bool = False,
+        turns: Turns | None = None,
     ) -> None:
         self._name = name
         self._binding = binding
@@ -90,10 +102,12 @@ class Runner:
         self._index = {id(entry): i for i, entry in enumerate(self._entries)}
         names = [module_name for module_name, _ in binding.module.named_modules()]
         own = [frozenset(each) for each in held]
+        self._usual_whole = whole_subtrees(self._modules, own)
+        self._held_whole: set[int] = set()
         self._steps = Steps(
             names,
             own,
-            whole_subtrees(self._modules, own),
+            dict(self._usual_whole),
             [entry.pages for entry in self._entries],
         )
         for step in range(len(self._modules)):
@@ -109,6 +123,8 @@ class Runner:
         self._in_pass = False
         self._error_before: BaseException | None = None
         self._calls: list[_Call] = []
+        self.turn = Turn(turns or Turns(), name)
+        self._unwinding = False
         self._gate = threading.RLock()  # while a pass begins or ends, and while others plan
         self._thread = 0  # of the latest pass
         self._plan_later = False
@@ -122,6 +138,11 @@ class Runner:
         self._hook(range(len(self._modules)))
 
     # ---- what others may ask -------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self._name
 
     @property
     def steps(self) -> list[str]:
@@ -160,18 +181,76 @@ class Runner:
     @contextmanager
     def resting(self) -> Iterator[bool]:
         """Have calls wait until the block ends; say whether none is under way."""
+        self.unwind()
         with self._gate:
             yield not self._calls
 
     @property
     def runs_elsewhere(self) -> bool:
         """Whether a call is under way in another thread."""
-        with self._gate:  # not in the midst of planning, either
-            return bool(self._calls) and self._thread != threading.get_ident()
+        return bool(self._calls) and not self.turn.mine
 
     def plan_later(self) -> None:
         """Plan anew when the pass that is under way ends."""
         self._plan_later = True
+
+    def give_way(self) -> bool:
+        """Have a pass that is under way hold no more frames than the model may.
+
+        What its present step does not use goes; what comes later is loaded when it is needed. The
+        pass that follows is planned for.
+
+        Returns
+        -------
+        bool
+            Whether it does. It cannot where it runs freely in another thread, reading whatever it
+            likes, and while it is captured.
+        """
+        assert isinstance(self.memory, FramesMemory)
+        with self._gate:
+            if self.memory.frames_held <= self.memory.frames:
+                return True
+            if self._capturing:
+                return False
+            if self._free:
+                if not self.turn.mine:
+                    return False
+                self._go_by_steps()
+            self._plan_later = True
+            self.memory.give_up(self.memory.frames_held - self.memory.frames, self._last_first())
+            return self.memory.frames_held <= self.memory.frames
+
+    def go_by_steps(self) -> bool:
+        """Go back to running step by step, from within a call if that is in this thread.
+
+        Returns
+        -------
+        bool
+            Whether it does; it cannot where it runs freely in another thread.
+        """
+        with self.resting() as resting:
+            if self._free and (resting or self.turn.mine):
+                self._go_by_steps()
+            return not self._free
+
+    def give_up(self, pages: int) -> None:
+        """Give up so many pages, if the model is idle: those first that it reads last.
+
+        Parameters
+        ----------
+        pages
+            At least; where several share a frame, they go together.
+        """
+        with self.resting() as resting:
+            if resting:
+                self.attach()
+                self._guard.release_kept()
+                self.memory.give_up(pages, self._last_first())
+
+    def _last_first(self) -> list[int]:
+        """List all pages, in the reverse order of the expected pass."""
+        read = [page for pages in self._steps.pages_in_use(self._followed) for page in pages]
+        return list(dict.fromkeys((*read, *self.memory.all_pages)))[::-1]
 
     def schedule(self) -> list[tuple[str, list[str], list[int]]]:
         """List the steps to come: name, names of the tensors read, pages in use."""
@@ -204,20 +283,31 @@ class Runner:
     def evict(self) -> None:
         """Give up all that is in place and not in use; the next call loads it again.
 
-        Raises
-        ------
-        ScheduleError
-            If a call is under way, and the model runs freely.
+        A model that runs freely just now keeps what it has.
         """
-        with self.resting():
+        with self.resting() as resting:
+            if not resting and self._free:
+                return
             self.attach()
             self._guard.release_kept()
             self.memory.evict()
 
     def unwind(self) -> None:
-        """End calls that an interrupt left open."""
-        while self._calls:
-            self._leave(self._calls[-1].module)
+        """End calls that an interrupt left open, also where that was in another thread."""
+        if self.turn.seize(sys._getframe()):
+            try:
+                self.end_interrupted()
+            finally:
+                self.turn.give_back()
+
+    def end_interrupted(self) -> None:
+        """End calls that an interrupt left open, the inner ones first; by who has the turn."""
+        self._unwinding = True
+        try:
+            while self._calls and is_over(self._calls[-1].frame):
+                self._end_last()
+        finally:
+            self._unwinding = False
 
     def attach(self) -> None:
         """Go back to running step by step, if the model ran freely."""
@@ -225,11 +315,47 @@ class Runner:
             return
         if self._calls:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
+        self._go_by_steps()
+
+    def _go_by_steps(self) -> None:
+        # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
         self._guard.close(self._entries, training=True)
         self.memory.region.core.end(self.memory.all_pages, self._stream())
         self._free = False
         self._hook(range(len(self._modules)))
+
+    def hold_whole(self, module: nn.Module, whole: bool) -> None:
+        """Have a module's step hold all tensors in it, from its call on; or as it was learned.
+
+        Passes are observed anew. Without a meaning once the model is detached.
+
+        Raises
+        ------
+        ScheduleError
+            If a call is under way.
+        """
+        with self.resting() as resting:
+            if self._guard.removed:
+                return
+            if not resting:
+                raise ScheduleError(
+                    f"model {self._name!r} is being called: its kernels can change when the call "
+                    "has ended"
+                )
+            self.attach()
+            ids = {id(each): i for i, each in enumerate(self._modules)}
+            index = ids[id(module)]
+            held = (self._steps.own[ids[id(part)]] for part in module.modules())
+            tensors = frozenset[int]().union(*held)
+            (self._held_whole.add if whole else self._held_whole.discard)(index)
+            usual = self._usual_whole.get(index)
+            self._steps.hold_whole(index, tensors if whole else usual)
+            self._define(index)
+            self._orders.clear()
+            self._planning.forget()
+            steps = (i for i in range(len(self._modules)) if self._steps.tensors(i))
+            self._follow(Order(tuple((i, ()) for i in steps)))
 
     def detach(self, *, readable: bool) -> None:
         """Take the hooks and guards off the module, for good.
@@ -249,7 +375,7 @@ class Runner:
     def begin_read(self, entries: Sequence[Entry]) -> object:
         """Make the pages of tensors ready that are read outside of steps."""
         pages = sorted({page for entry in entries for page in entry.pages})
-        if not self._calls or not self._in_pass or self._observer is not None:
+        if not self._in_pass or self._observer is not None or not self.turn.mine:
             self._streamer.begin_pages(pages, self._stream())
             return pages
         # Inside a pass it is a step of its own from now on, so that it is expected next time.
@@ -289,8 +415,14 @@ class Runner:
         self._hooks.tell_of(modules, self._enter, self._leave)
 
     def _enter(self, index: int) -> None:
+        frame = _frame_of_call(sys._getframe(2))
         calls = self._calls
-        call = _Call(index, calls[-1] if calls else None)
+        if not self.turn.mine:
+            if self.turn.take(frame):
+                self.end_interrupted()
+        elif calls and is_over(calls[-1].frame):
+            self.end_interrupted()
+        call = _Call(index, calls[-1] if calls else None, frame)
         # Before what can fail: the other hook pops it in any case.
         if calls:
             calls.append(call)
@@ -304,6 +436,8 @@ class Runner:
             self._begin_pass(index)
         if self._observer is not None:
             self._observed.append(call)
+            if index in self._held_whole:
+                self._begin_step(call, index)
         elif self._step_entries[index]:
             self._begin_step(call, index)
             call.entries = self._step_entries[index]
@@ -311,14 +445,27 @@ class Runner:
 
     def _leave(self, index: int) -> None:
         calls = self._calls
+        if not self.turn.mine:
+            return  # it never began, or was ended meanwhile
+        if calls and calls[-1].module != index and is_over(calls[-1].frame):
+            self.end_interrupted()
         if not calls or calls[-1].module != index:
-            return  # unwound meanwhile
-        if len(calls) > 1:
-            self._end_call(index)
+            return
+        outermost = len(calls) == 1
+        try:
+            self._end_last()
+        finally:
+            if outermost:
+                self.turn.give_back()
+
+    def _end_last(self) -> None:
+        """End the call that began last, and with the outermost one, the pass."""
+        if len(self._calls) > 1:
+            self._end_call()
             return
         with self._gate:
             try:
-                self._end_call(index)
+                self._end_call()
             finally:
                 if self._free and not self.memory.may_stay():
                     self.attach()
@@ -326,9 +473,10 @@ class Runner:
                     with suppress(CapExceededError):
                         self.plan()
 
-    def _end_call(self, index: int) -> None:
+    def _end_call(self) -> None:
         calls = self._calls
         call = calls[-1]
+        index = call.module
         if self._free:
             calls.pop()
             return
@@ -396,14 +544,18 @@ class Runner:
         if not self._in_pass:
             return  # it failed to begin
         self._in_pass = False
-        failed = sys.exc_info()[1] is not self._error_before
+        failed = self._unwinding or sys.exc_info()[1] is not self._error_before
         observed = self._observer is not None
+        own = self._thread == threading.get_ident()  # modes are those of a thread
         if self._observer is not None:
-            self._observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if own:
+                self._observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._observer.stop()
             self._observer = None
             self._guard.close(self._entries)
         if self._saving is not None:
-            self._saving.__exit__(None, None, None)
+            if own:
+                self._saving.__exit__(None, None, None)
             self._saving = None
         if not failed:
             if observed:
@@ -413,6 +565,7 @@ class Runner:
             if known is None or not steady:
                 self._orders[entry] = Order(tuple(self._called))
                 self._follow(self._orders[entry])
+        self.memory.end_pass()
         self._streamer.end_pass(self._stream())
         if not failed and not self._capturing:
             self._planning.improve(self._followed, steady=steady)
@@ -447,7 +600,9 @@ class Runner:
 
     def _learn(self) -> None:
         observed, self._observed = self._observed, []
-        order, changed = learn(self._steps, observed, self.memory.most_pages)
+        order, changed = learn(
+            self._steps, observed, self.memory.most_pages, self.memory.parts.pinned
+        )
         for step in changed:
             self._define(step)
         self._called = list(order.places)
@@ -466,3 +621,10 @@ class Runner:
     def _follow(self, order: Order) -> None:
         self._followed = order
         self._streamer.follow(order.steps, self._steps.pages_in_use(order))
+
+
+def _frame_of_call(frame: FrameType) -> FrameType:
+    """Return the frame of torch's that lasts as long as a call, its hooks after errors included."""
+    if frame.f_code.co_name == "inner" and frame.f_back is not None:
+        return frame.f_back
+    return frame

@@ -1,25 +1,98 @@
 """Dividing a cap among models: who goes, and with frames, how many each of those in use may hold.
 
-Idle models make room, the least recently used first. With managed memory, the pager does the rest
-page by page. Frames are divided: each model in use gets what its largest step needs, and of the
-rest a part as large as its part of what all could use beyond that. Those that give frames away are
-planned anew before those that get some; a model that is being called is when its call has ended.
+A model that is about to be used needs its largest step, and could use all of its pages. For what it
+could use, idle models give pages up, in the order of the policy. With managed memory, the pager
+does the rest page by page. Frames are divided: each model in use gets what its largest step needs,
+and of the rest a part as large as its part of what all could use beyond that. A model that is being
+called gives back at once what its present step does not use. For what the largest step needs, and
+for that alone, models that are reserved as secondary give way too. What is protected stays.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from penstock.errors import CapExceededError
-from penstock.memory import FramesMemory
+from penstock.memory import FramesMemory, ManagedMemory
 from penstock.pager import Pager
+from penstock.policy import Candidate, Policy, Priority, UseHistory, order_of_victims
 from penstock.runner import Runner
+from penstock.sizes import format_bytes
 
-__all__ = ["Sharing", "divide"]
+__all__ = ["Busy", "Sharing", "Tenant", "divide"]
 
-_PATIENCE = 60.0  # seconds to wait for a call in another thread to give frames back
-_POLL = 0.0005
+
+class Busy(Exception):  # noqa: N818 (nothing is wrong yet)
+    """A call has to end before there is room.
+
+    Parameters
+    ----------
+    runner
+        Of the model that is being called, in another thread.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__("a call has to end before there is room")
+        self.runner = runner
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A model with weights, as those see it who share a cap with it.
+
+    Parameters
+    ----------
+    in_use
+        How many have it acquired.
+    last_use
+        Number of its last use.
+    kept
+        How many have it kept resident.
+    reserved
+        As what it is reserved, if it is.
+    pushed_out
+        Bytes that it had to give up although it is reserved.
+    """
+
+    name: str
+    runner: Runner
+    in_use: int = 0
+    last_use: int = 0
+    kept: int = 0
+    reserved: Priority | None = None
+    pushed_out: int = 0
+
+    @property
+    def protected(self) -> bool:
+        """Whether nothing of it may be taken."""
+        return self.kept > 0 or self.reserved is Priority.PRIMARY
+
+    @property
+    def page_count(self) -> int:
+        """Pages that it could use."""
+        return self.runner.memory.page_count
+
+    @property
+    def held(self) -> int:
+        """Pages that it holds."""
+        memory = self.runner.memory
+        if isinstance(memory, FramesMemory):
+            return memory.frames_held
+        return memory.region.core.stats().resident_pages
+
+    @property
+    def least(self) -> int:
+        """Pages that it has to hold to run at all."""
+        return self.runner.least_frames()
+
+    @property
+    def claim(self) -> int:
+        """Pages that nobody may take from it, but for a model that cannot run otherwise."""
+        least = self.least if self.in_use else 0
+        if self.reserved is not None:
+            return max(least, self.page_count if self.protected else self.held)
+        return max(least, self.held) if self.kept else least
 
 
 def divide(total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
@@ -46,47 +119,180 @@ def divide(total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
 
 
 class Sharing:
-    """Divides what a pager's cap allows. Its caller sees to it that one thread does at a time."""
+    """Divides what a pager's cap allows. Its caller sees to it that one thread does at a time.
 
-    def __init__(self, pager: Pager) -> None:
+    Parameters
+    ----------
+    policy
+        Who gives way first.
+    """
+
+    def __init__(self, pager: Pager, policy: Policy) -> None:
         self._pager = pager
+        self._policy = policy
+        self.history = UseHistory()
 
-    def make_room(self, runner: Runner, others: Sequence[tuple[Runner, bool]]) -> None:
+    def make_room(
+        self, asker: Tenant, others: Sequence[Tenant], *, take_secondaries: bool = True
+    ) -> None:
         """Make room for a model that is about to be used; give each model in use its share.
 
         Parameters
         ----------
         others
-            The other models, the least recently used first, and whether each is in use.
+            The other models, the least recently used first.
+        take_secondaries
+            Whether models that are reserved as secondary may go where nothing else is left.
 
         Raises
         ------
         CapExceededError
-            If the models in use cannot run beside each other.
+            If the models in use cannot run beside each other and what is protected.
+        ModelError
+            If the policy names a model that it may not.
+        Busy
+            If a call has to end first; some others may hold less then.
         """
         hard_cap = self._pager.hard_cap
-        if hard_cap is not None:
-            hard_cap.allocator.give_back(runner.memory.region.nbytes)  # of frames that it caches
-        for other, in_use in others:
-            with other.resting() as resting:
-                if not resting:
-                    continue
-                if in_use:
-                    other.attach()
-                    continue
-                if self._room(runner) >= runner.memory.page_count:
-                    break
-                other.evict()
+        if hard_cap is not None:  # of frames that it caches
+            hard_cap.allocator.give_back(asker.runner.memory.region.nbytes)
+        going = self._going(others)
+        needed = asker.least + sum(max(0, each.claim - each.held) for each in others)
+        self._take_secondaries(asker, others, going, needed, take_secondaries)
+        for other in going:
+            lacking = asker.page_count - self._room(asker)
+            if lacking <= 0:
+                break
+            if not other.in_use and other.reserved is None:
+                other.runner.give_up(min(lacking, other.held))
+        active = [asker, *(other for other in others if other.in_use)]
         if self._pager.kind == "frames":
-            active = [runner, *(other for other, in_use in others if in_use)]
             free = self._pager.budget.available // self._pager.page_size
-            self._divide(active, free + _held(active))
+            self._divide(active, free + sum(each.held for each in active))
+        else:
+            self._let_pass(asker, others, active)
 
-    def use_free_room(self, runner: Runner) -> bool:
+    def _let_pass(self, asker: Tenant, others: Sequence[Tenant], active: Sequence[Tenant]) -> None:
+        """Have models that run freely, and so hold all they have, go by steps where others run."""
+        total = self._pager.cap // self._pager.page_size
+        claims = {id(each): each.claim for each in (*others, asker)}
+        claims[id(asker)] = max(asker.claim, asker.least)
+        for each in active:
+            memory = each.runner.memory
+            assert isinstance(memory, ManagedMemory)
+            beside = sum(claims.values()) - claims[id(each)]
+            memory.allowed = total - beside if beside else None
+            free = each is asker or each.protected or memory.fits()
+            if not free and not each.runner.go_by_steps():
+                raise Busy(each.runner)
+
+    def _going(self, tenants: Sequence[Tenant]) -> list[Tenant]:
+        """List those that may give way, in the order in which they do."""
+        by_name = {each.name: each for each in tenants}
+        order = order_of_victims(self._policy, [self._candidate(each) for each in tenants])
+        return [by_name[name] for name in order]
+
+    def _candidate(self, tenant: Tenant) -> Candidate:
+        return Candidate(
+            name=tenant.name,
+            nbytes=tenant.held * self._pager.page_size,
+            in_use=tenant.in_use > 0,
+            priority=tenant.reserved,
+            protected=tenant.protected,
+            last_use=tenant.last_use,
+            next_use=self.history.next_use(tenant.name),
+            seconds_per_byte=tenant.runner.memory.seconds_per_byte,
+        )
+
+    def _take_secondaries(
+        self,
+        asker: Tenant,
+        others: Sequence[Tenant],
+        going: Sequence[Tenant],
+        needed: int,
+        allowed: bool,
+    ) -> None:
+        """Have secondaries give up what the asker cannot run without."""
+        firm = [each for each in others if each.protected or each.reserved is not None]
+        if not firm:
+            return  # then there is no more to say than the plan, or the pager, says
+        movable = [each for each in others if each.in_use or each in going]
+        loose = sum(each.held - min(each.held, each.claim) for each in movable)
+        short = needed - self._room(asker) - loose
+        secondaries = [each for each in going if each.reserved is Priority.SECONDARY]
+        most = sum(each.held - (each.least if each.in_use else 0) for each in secondaries)
+        if short > 0 and (not allowed or short > most):
+            raise self._refusal(asker, needed, firm, sum(each.claim for each in others))
+        for each in secondaries:
+            if short <= 0:
+                return
+            before = each.held
+            if each.in_use:
+                self._shrink(each, max(each.least, each.held - short))
+            else:
+                each.runner.give_up(min(short, each.held))
+            short -= before - each.held
+            each.pushed_out += (before - each.held) * self._pager.page_size
+
+    def _refusal(
+        self, asker: Tenant, needed: int, firm: Sequence[Tenant], claimed: int
+    ) -> CapExceededError:
+        size = self._pager.page_size
+        ledger = self._pager.budget.stats()
+        held = ", ".join(
+            f"{each.name!r} ({format_bytes(each.claim * size)}"
+            + (f", reserved as {each.reserved.value})" if each.reserved else ", kept resident)")
+            for each in firm
+        )
+        return CapExceededError(
+            f"model {asker.name!r} needs {format_bytes(asker.least * size)} to run, and the cap of "
+            f"{format_bytes(ledger.cap)} leaves too little beside {held} and models in use. "
+            "Release a reservation, leave the block that keeps a model resident, or raise the cap "
+            f"to {format_bytes((claimed + asker.least) * size)}",
+            requested=needed * size,
+            cap=ledger.cap,
+            used=ledger.used,
+        )
+
+    def require_room(self, asker: Tenant, others: Sequence[Tenant]) -> None:
+        """See that a model can be in place as a whole beside what others claim.
+
+        Raises
+        ------
+        CapExceededError
+            If it cannot; nothing has changed then.
+        """
+        size = self._pager.page_size
+        ledger = self._pager.budget.stats()
+        outside = ledger.used - ledger.used_by_tag["weights"]
+        claimed = sum(each.claim for each in others)
+        needed = asker.page_count
+        room = max(0, ledger.cap - outside) // size - claimed
+        if needed <= room:
+            return
+        raise CapExceededError(
+            f"model {asker.name!r} cannot be reserved: it takes {format_bytes(needed * size)} in "
+            f"whole pages, and of the cap of {format_bytes(ledger.cap)}, others claim "
+            f"{format_bytes(claimed * size + outside)}, which leaves "
+            f"{format_bytes(max(0, room) * size)}",
+            requested=needed * size,
+            cap=ledger.cap,
+            used=ledger.used,
+        )
+
+    def set_turns(self, tenants: Sequence[Tenant]) -> None:
+        """Tell the core in which order it may take pages from models, and from which it may not."""
+        going = [each for each in self._going(tenants) if each.reserved is None]
+        turns = {id(each): turn for turn, each in enumerate(going)}
+        for each in tenants:
+            each.runner.memory.set_turn(turns.get(id(each)))
+
+    def use_free_room(self, tenant: Tenant) -> bool:
         """Have an idle model use what no other has; return whether it can run in that."""
         if self._pager.kind == "managed":
             return True  # the pager takes no more
-        _frames(runner).frames = min(self._room(runner), runner.memory.page_count)
+        runner = tenant.runner
+        _frames(runner).frames = min(self._room(tenant), tenant.page_count)
         with runner.resting() as resting:
             if not resting:
                 return False
@@ -96,79 +302,104 @@ class Sharing:
                 return False
         return True
 
-    def give_way(self, cap: int, idle: Sequence[Runner], active: Sequence[Runner]) -> None:
+    def give_way(self, cap: int, tenants: Sequence[Tenant]) -> None:
         """Have models hold no more than a cap, if they can.
 
         Parameters
         ----------
-        idle
-            Models that nobody uses, the least recently used first.
+        tenants
+            All models, the least recently used first.
 
         Raises
         ------
         CapExceededError
-            If the models in use cannot run in that; some may hold less than before.
-        ScheduleError
-            If a model that has to give way is running.
+            If the models in use, and what is protected, cannot be in that; some may hold less than
+            before.
+        Busy
+            If a call has to end first.
         """
-        for runner in idle:
-            if self._used > cap:
-                runner.evict()
+        size = self._pager.page_size
+        ledger = self._pager.budget.stats()
+        outside = ledger.used - ledger.used_by_tag["weights"]
+        room = max(0, cap - outside) // size
+        protected = sum(each.claim for each in tenants if each.protected)
+        if protected > room:
+            raise CapExceededError(
+                f"the cap cannot be {format_bytes(cap)}: {format_bytes(protected * size)} are "
+                "reserved as primary or kept resident",
+                requested=cap,
+                cap=ledger.cap,
+                used=ledger.used,
+            )
+        going = self._going(tenants)
+        idle = [each for each in going if not each.in_use]
+        for each in sorted(idle, key=lambda tenant: tenant.reserved is not None):
+            lacking = -(-(self._used - cap) // size)
+            if lacking > 0:
+                before = each.held
+                each.runner.give_up(lacking)
+                if each.reserved is not None:
+                    each.pushed_out += (before - each.held) * size
         if self._used <= cap:
             return
         if self._pager.kind == "managed":
-            for runner in active:
-                runner.evict()
+            for each in going:
+                if each.in_use:
+                    each.runner.evict()
             return
-        held = _held(active)
-        others = self._used - held * self._pager.page_size
-        self._divide(active, max(0, cap - others) // self._pager.page_size)
+        active = [each for each in tenants if each.in_use]
+        held = sum(each.held for each in active)
+        others = self._used - held * size
+        self._divide(active, max(0, cap - others) // size, firm=False)
 
     @property
     def _used(self) -> int:
         return self._pager.budget.stats().used
 
-    def _room(self, runner: Runner) -> int:
+    def _room(self, tenant: Tenant) -> int:
         """Count the pages that a model could hold without taking any from others."""
-        held = runner.memory.region.core.stats().resident_bytes
+        held = tenant.runner.memory.region.core.stats().resident_bytes
         return (self._pager.budget.available + held) // self._pager.page_size
 
-    def _divide(self, runners: Sequence[Runner], total: int) -> None:
-        least = [runner.least_frames() for runner in runners]
-        most = [runner.memory.page_count for runner in runners]
-        for runner, frames in zip(runners, divide(total, least, most), strict=True):
-            _frames(runner).frames = frames
+    def _divide(self, tenants: Sequence[Tenant], total: int, *, firm: bool = True) -> None:
+        least = [
+            max(each.least, each.claim) if firm or each.protected else each.least
+            for each in tenants
+        ]
+        most = [each.page_count for each in tenants]
+        shares = dict(zip(map(id, tenants), divide(total, least, most), strict=True))
         # Those that give frames away first.
-        for runner in sorted(runners, key=_gained):
-            _plan(runner, [other for other in runners if other is not runner])
+        for each in sorted(tenants, key=lambda each: shares[id(each)] - each.held):
+            others = [other for other in tenants if other is not each]
+            self._give(each, shares[id(each)], others)
 
-
-def _plan(runner: Runner, others: Sequence[Runner]) -> None:
-    """Plan for a model; where frames are lacking, wait for calls that are to give some back."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        busy = any(other.runs_elsewhere for other in others)
+    def _give(self, tenant: Tenant, frames: int, others: Sequence[Tenant]) -> None:
+        """Plan for a model in as many frames as it gets."""
+        runner = tenant.runner
+        _frames(runner).frames = frames
         with runner.resting() as resting:
             if not resting:
                 runner.plan_later()
+                if not runner.give_way():
+                    raise Busy(runner)
                 return
             try:
                 runner.plan()
-                return
             except CapExceededError:
-                if not busy or time.monotonic() > end:
-                    raise
-        time.sleep(_POLL)
+                # Somebody who runs may have taken what was there.
+                busy = [other.runner for other in others if other.runner.runs_elsewhere]
+                if busy:
+                    raise Busy(busy[0]) from None
+                raise
+
+    def _shrink(self, tenant: Tenant, pages: int) -> None:
+        """Have a model in use hold no more than that."""
+        if self._pager.kind == "frames":
+            self._give(tenant, pages, [])
+        else:
+            tenant.runner.give_up(tenant.held - pages)
 
 
 def _frames(runner: Runner) -> FramesMemory:
     assert isinstance(runner.memory, FramesMemory)
     return runner.memory
-
-
-def _held(runners: Sequence[Runner]) -> int:
-    return sum(_frames(runner).frames_held for runner in runners)
-
-
-def _gained(runner: Runner) -> int:
-    return _frames(runner).frames - _frames(runner).frames_held

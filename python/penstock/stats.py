@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from penstock.policy import Priority
 from penstock.sizes import format_bytes
 
 __all__ = ["ManagerStats", "MemoryStats", "ModelStats", "PassFigures", "format_schedule"]
@@ -101,6 +102,12 @@ class ModelStats:
         Names of parameters that are no longer on pager memory.
     memory
         What it holds and has moved.
+    kept
+        Whether somebody keeps it resident.
+    reserved
+        With which priority it is reserved, if it is.
+    pushed_out_bytes
+        What it had to give up although it is reserved, as a secondary.
     """
 
     nbytes: int
@@ -108,6 +115,9 @@ class ModelStats:
     steps: int
     moved: tuple[str, ...]
     memory: MemoryStats = field(default_factory=MemoryStats)
+    kept: bool = False
+    reserved: Priority | None = None
+    pushed_out_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,12 @@ def _model_lines(name: str, model: ModelStats, link_rate: float) -> list[str]:
         f"    {memory.passes} passes, {format_bytes(memory.loaded_bytes)} loaded, "
         f"{memory.misses} misses, {memory.unscheduled} unscheduled reads",
     ]
+    if model.kept or model.reserved or model.pushed_out_bytes:
+        stays = ["kept resident"] if model.kept else []
+        stays += [f"reserved as {model.reserved.value}"] if model.reserved else []
+        if model.pushed_out_bytes:
+            stays.append(f"{format_bytes(model.pushed_out_bytes)} pushed out for want of room")
+        lines.append(f"    {', '.join(stays)}")
     if memory.host_tier:
         lines.append(
             f"    host tier {memory.host_tier}: {format_bytes(memory.pinned_bytes)} pinned, "

@@ -11,7 +11,7 @@ may be called by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["Order", "Place", "Steps"]
@@ -51,7 +51,7 @@ class Steps:
 
     modules: Sequence[str]
     own: Sequence[frozenset[int]]
-    whole: Mapping[int, frozenset[int]]
+    whole: dict[int, frozenset[int]]
     tensor_pages: Sequence[Sequence[int]]
     _learned: dict[int, frozenset[int]] = field(default_factory=dict)
     _reads: dict[frozenset[int], int] = field(default_factory=dict)
@@ -83,6 +83,17 @@ class Steps:
         seen = self.whole.get(module, frozenset()).union(read)
         self._learned[module] = seen if known is None else known & seen
         return self._learned[module] != before
+
+    def hold_whole(self, module: int, tensors: frozenset[int] | None) -> None:
+        """Have a module's step read certain tensors in any case; None for none of them.
+
+        What was learned of the module is forgotten.
+        """
+        self._learned.pop(module, None)
+        if tensors is None:
+            self.whole.pop(module, None)
+        else:
+            self.whole[module] = tensors
 
     def read_singly(self, module: int) -> None:
         """Have a module's step read nothing; what the module reads is in steps of its own."""

@@ -110,6 +110,16 @@ TEST(FramesRoom, StepThatLacksFramesTakesThoseThatOthersCanDoWithout) {
   EXPECT_LE(setup.budget->stats().peak, setup.budget->cap());
 }
 
+TEST(FramesRoom, NothingIsTakenFromWhatIsProtected) {
+  FramesSetup setup(4, 4);
+  setup.region->arrange(arranged(4, 3, 1));
+  setup.region->set_protected(true);
+  setup.region->set_active(false);
+  EXPECT_TRUE(take(*setup.pool, 1).empty());
+  setup.region->set_protected(false);
+  EXPECT_EQ(take(*setup.pool, 1).size(), 1U);
+}
+
 TEST(FramesRoom, FailureOfTheDeviceLeavesWhatCouldNotGo) {
   FramesSetup setup(4, 4);
   setup.region->arrange(arranged(4, 4, 0));

@@ -224,6 +224,31 @@ TEST(ManagedPager, RegionsInUseGoAfterOnesOwnPages) {
   EXPECT_EQ(take_stock(*setup.pager, *mine), (Pages{0, 1, 2, 3}));
 }
 
+TEST(ManagedPager, RegionsGoInTheirTurnAndThoseWithoutNever) {
+  PagerSetup setup(6);
+  const auto first = setup.reserve(2);
+  const auto second = setup.reserve(2);
+  const auto third = setup.reserve(2);
+  const auto mine = setup.reserve(4);
+  for (const auto& each : {first, second, third}) run_step(*setup.pager, *each, {0, 1});
+  setup.pager->set_turn(*first, 2);
+  setup.pager->set_turn(*second, std::nullopt);
+  setup.pager->set_turn(*third, 1);
+  const auto left = [&](const auto& region) {
+    return setup.pager->region_stats(*region).resident_pages;
+  };
+  run_step(*setup.pager, *mine, {0, 1});
+  EXPECT_EQ(left(third), 0U);
+  EXPECT_EQ(left(first), 2U);
+  run_step(*setup.pager, *mine, {0, 1, 2, 3});
+  EXPECT_EQ(left(first), 0U);
+  EXPECT_EQ(left(second), 2U);
+  setup.pager->begin(*mine, {0, 1, 2, 3}, kCaller);
+  EXPECT_THROW(run_step(*setup.pager, *third, {0}), CapExceededError);
+  EXPECT_EQ(left(second), 2U);
+  setup.pager->end(*mine, {0, 1, 2, 3}, kCaller);
+}
+
 TEST(ManagedPager, OtherUsersOfTheBudgetAreLeftAlone) {
   PagerSetup setup(4);
   const auto region = setup.reserve(4);

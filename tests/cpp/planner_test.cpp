@@ -27,9 +27,9 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr double kLinkRate = 55e9;
 
 PlanRequest request_of(std::size_t page_count, Steps steps, std::size_t frames,
-                       std::vector<double> step_seconds = {}, Pages keep = {}) {
+                       std::vector<double> step_seconds = {}, Pages keep = {}, Pages stream = {}) {
   return {page_count,      16 * kMiB, std::move(steps), std::move(step_seconds),
-          std::move(keep), frames,    kLinkRate};
+          std::move(keep), frames,    kLinkRate,        std::move(stream)};
 }
 
 // One page a step, in order.
@@ -269,6 +269,20 @@ TEST(Planner, KeptPagesStay) {
   const Plan plan = valid_plan(request);
   EXPECT_TRUE(is_resident(plan, 6));
   EXPECT_TRUE(is_resident(plan, 7));  // read by no step
+}
+
+TEST(Planner, PagesThatMustStreamDoSoWhereThereIsRoom) {
+  const PlanRequest request = request_of(8, single_pages(8), 8, {}, {7}, {0, 1, 2, 7, 1});
+  const Plan plan = valid_plan(request);
+  EXPECT_EQ(plan.resident, (Pages{3, 4, 5, 6, 7}));  // what is kept is kept
+  EXPECT_EQ(plan.ring, 1U);
+  EXPECT_EQ(plan.loads.size(), 3U);
+}
+
+TEST(Planner, PagesThatMustStreamDoSoBeforeAnythingIsKnown) {
+  const Plan plan = valid_plan(request_of(6, {}, 6, {}, {}, {0, 5}));
+  EXPECT_EQ(plan.resident, (Pages{1, 2, 3}));
+  EXPECT_GE(plan.ring, 1U);
 }
 
 TEST(Planner, PageOfSeveralPlacesStaysBeforeOthers) {

@@ -48,6 +48,7 @@ def test_too_few_frames_are_refused_with_the_numbers() -> None:
     [
         {"steps": [[4]]},
         {"keep": [4]},
+        {"stream": [4]},
         {"step_seconds": [1.0]},
         {"step_seconds": [1.0, -1.0]},
         {"link_rate": 0.0},
@@ -144,6 +145,25 @@ def test_pages_of_one_place_move_the_optimum(
     expected = 0 if len(streamed) == made.ring == 1 else len(streamed)
     assert copies_of_a_pass(made, steps) == len(made.loads) == expected
     assert made.seconds >= max(sum(seconds) * (1 - 1e-9), made.bytes_per_pass / LINK_RATE)
+
+
+@given(cases(one_place=True), st.data())
+def test_pages_that_must_stream_have_no_frame_of_their_own(
+    case: tuple[int, Steps, int, list[float], list[int]], data: st.DataObject
+) -> None:
+    page_count, steps, frames, seconds, keep = case
+    stream = data.draw(st.lists(st.integers(0, page_count - 1), max_size=6))
+    made = plan(page_count, PAGE_SIZE, steps, frames, LINK_RATE, seconds, keep, stream)
+    assert_in_shape(made, page_count, frames, keep)
+    assert not collides(made, steps)
+    assert copies_of_a_pass(made, steps) == len(made.loads)
+    must = {page for pages in steps for page in pages} & {*stream} - {*keep}
+    together = max((len({*pages} & must) for pages in steps), default=0)
+    moved = {page for page, _ in made.loads}
+    # Pages of one step need their frames at once: they cannot stream through fewer.
+    assert not must or len(must - moved) <= max(together, 1)
+    if len(must) > max(len({*pages}) for pages in [[], *steps]):
+        assert must & moved
 
 
 @given(cases(one_place=False))
