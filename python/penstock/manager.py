@@ -31,7 +31,7 @@ from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
-from penstock.weights import find_slots, match, open_weights
+from penstock.weights import Weights, find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
 
@@ -132,7 +132,7 @@ class MemoryManager:
         self,
         name: str,
         module_or_builder: nn.Module | Callable[[], nn.Module],
-        weights: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Weights,
         *,
         dtype: torch.dtype | None = None,
         strict: bool = True,
