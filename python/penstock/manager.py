@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
+from penstock.turns import Turns
 from penstock.weights import Weights, find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
@@ -46,6 +48,7 @@ class _Model:
     runner: Runner | None  # and with it, the memory; None where it has no weights
     acquired: int = 0
     last_use: int = 0
+    used_once: bool = False  # in its last turn, so that it goes before others
     origin: Origin | None = None  # where the tensors of an adopted model were
 
 
@@ -114,6 +117,7 @@ class MemoryManager:
         self._verify = verify
         self._progress = progress
         self._sharing = Sharing(self._pager)
+        self._turns = Turns(self.acquire, self._end_turn)
         self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
@@ -319,6 +323,7 @@ class MemoryManager:
             self._forget(name, readable=self._pager.kind == "managed")
 
     def _forget(self, name: str, *, readable: bool) -> None:
+        self._turns.end(name)
         model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
@@ -355,8 +360,8 @@ class MemoryManager:
         model.last_use = self._uses
 
     def _runners(self) -> list[tuple[Runner, bool]]:
-        """List all models with weights, the least recently used first, and whether in use."""
-        models = sorted(self._models.values(), key=lambda each: each.last_use)
+        """List all models with weights, those to go first first, and whether in use."""
+        models = sorted(self._models.values(), key=lambda each: (not each.used_once, each.last_use))
         return [(each.runner, each.acquired > 0) for each in models if each.runner is not None]
 
     def _make_room(self, runner: Runner) -> None:
@@ -412,6 +417,45 @@ class MemoryManager:
             yield module
         finally:
             self.release(name, evict=True)
+
+    def module(self, name: str) -> nn.Module:
+        """Return a model without acquiring it.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            return self._find(name).binding.module
+
+    def take_turns(self, *names: str) -> Turns:
+        """Have models be in use while they are called, one after the other, as in a pipeline.
+
+        Nobody has to acquire them: a call of one does, and releases the one before, among all that
+        take turns in this manager. They stay in place while there is room; those that were called
+        only once go first.
+
+        Returns
+        -------
+        Turns
+            The manager's; its `end` releases whoever has the turn.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            for name, model in [(name, self._find(name)) for name in names]:
+                if model.runner is not None:
+                    model.runner.before_call = partial(self._turns.begin, name, model.runner)
+            return self._turns
+
+    def _end_turn(self, name: str, repeated: bool) -> None:
+        with self._lock:
+            self._find(name).used_once = not repeated
+            self.release(name)
 
     def prefetch(self, name: str) -> None:
         """Begin to bring a model in without acquiring it, as far as there is room; return at once.

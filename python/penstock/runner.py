@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -68,6 +68,7 @@ class Runner:
         self._name = name
         self._binding = binding
         self.memory = memory
+        self.before_call: Callable[[int], None] | None = None  # told of calls from outside
         self._streamer = memory.streamer
         self._stream = memory.pager.stream
         self._capturing = False
@@ -250,7 +251,13 @@ class Runner:
         """Make the pages of tensors ready that are read outside of steps."""
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._calls or not self._in_pass or self._observer is not None:
-            self._streamer.begin_pages(pages, self._stream())
+            try:
+                self._streamer.begin_pages(pages, self._stream())
+            except CapExceededError:
+                if self._calls or self.before_call is None:
+                    raise
+                self.before_call(-1)  # a model whose turn it is not
+                self._streamer.begin_pages(pages, self._stream())
             return pages
         # Inside a pass it is a step of its own from now on, so that it is expected next time.
         call = self._calls[-1]
@@ -290,6 +297,8 @@ class Runner:
 
     def _enter(self, index: int) -> None:
         calls = self._calls
+        if not calls and self.before_call is not None:
+            self.before_call(index)
         call = _Call(index, calls[-1] if calls else None)
         # Before what can fail: the other hook pops it in any case.
         if calls:
