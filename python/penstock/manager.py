@@ -117,10 +117,10 @@ class MemoryManager:
         self._verify = verify
         self._progress = progress
         self._sharing = Sharing(self._pager)
-        self._turns = Turns(self.acquire, self._end_turn)
         self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
+        self._turns = Turns(self.acquire, self._end_turn, self._lock)
 
     @property
     def pager(self) -> Pager:

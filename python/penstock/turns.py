@@ -8,8 +8,8 @@ gain from keeping them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from penstock.runner import Runner
 
@@ -25,17 +25,22 @@ class Turns:
         Called with the name of a model that takes the turn.
     release
         Called with the name of one whose turn has ended, and whether it was called repeatedly.
+    lock
+        That of whoever acquires and releases.
     """
 
     def __init__(
-        self, acquire: Callable[[str], object], release: Callable[[str, bool], object]
+        self,
+        acquire: Callable[[str], object],
+        release: Callable[[str, bool], object],
+        lock: AbstractContextManager[object],
     ) -> None:
         self._acquire = acquire
         self._release = release
         self._holders: dict[str, Runner] = {}
         self._calls: dict[int, int] = {}  # of this turn, by entry point
         self._current = ""
-        self._lock = threading.RLock()
+        self._lock = lock
 
     def begin(self, name: str, runner: Runner, module: int) -> None:
         """Note that a module of a model is about to be called from outside.

@@ -27,6 +27,11 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Any], list[int] | None]] = {
     "to where it is": (lambda t: t["a"].to(device="cpu", dtype=torch.float32), [1]),
     "to the dtype of another": (lambda t: t["a"].to(t["b"]), [1]),
     "a clone": (lambda t: t["a"].clone(), [1]),
+    "a clone in another order": (
+        lambda t: t["d"].clone(memory_format=torch.channels_last).contiguous(),
+        None,
+    ),
+    "another order": (lambda t: t["d"].to(memory_format=torch.channels_last).contiguous(), None),
     "another form": (lambda t: t["a"].reshape(2, 3, 64, 32), [1]),
     "rows": (lambda t: t["a"][2:5], [1]),
     "one of several": (lambda t: t["a"].unbind(0)[3], [1]),
@@ -52,6 +57,7 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Any], list[int] | None]] = {
 def weights(tmp_path: Path) -> tuple[Tensors, Tensors]:
     generator = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(6, 64, 32, generator=generator) for name in "abc"}
+    tensors["d"] = torch.randn(2, 3, 4, 5, generator=generator)
     save_file(tensors, tmp_path / "model.safetensors")
     sources = open_weights(tmp_path).sources
     return tensors, {name: defer(source) for name, source in sources.items()}

@@ -318,6 +318,15 @@ def test_moving_to_where_it_is(pager: str, saved: Callable[[str], Saved]) -> Non
     assert all(model.moved == () for model in stats.models.values())
 
 
+def test_moving_elsewhere_is_refused(saved: Callable[[str], Saved]) -> None:
+    pipeline = load(saved("flux").directory, 9)
+    with pytest.raises(ModelError, match=r"streamed to cpu.*device='cuda:1'"):
+        pipeline.to("cuda:1")
+    with pytest.raises(ModelError, match=r"load the pipeline with dtype=torch.float16"):
+        pipeline.to(torch.float16)
+    assert same_bits(draw(pipeline, "flux"), saved("flux").image)
+
+
 @pytest.mark.parametrize("method", front_end._OFFLOADING)
 def test_other_ways_to_offload_are_refused(method: str, saved: Callable[[str], Saved]) -> None:
     pipeline = load(saved("flux").directory, 9)

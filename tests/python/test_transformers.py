@@ -427,6 +427,8 @@ def test_quantized_weights(tmp_path: Path) -> None:
     message = str(refusal(tmp_path))
     assert "'bitsandbytes'" in message
     assert "checkpoint without quantization" in message
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert "'bitsandbytes'" in str(refusal(tmp_path, config=config))
 
 
 OWN_CODE = """

@@ -103,14 +103,15 @@ def _only_dtype(
     if rest and isinstance(rest[0], torch.Tensor):
         return _TO, (tensor, rest[0].dtype), {}
     named = {key: kwargs[key] for key in kwargs if key != "copy"}
-    _, dtype, _, _ = torch._C._nn._parse_to(*rest, **named)
-    return _TO, (tensor, tensor.dtype if dtype is None else dtype), {}
+    _, dtype, _, form = torch._C._nn._parse_to(*rest, **named)
+    order = {} if form is None else {"memory_format": form}
+    return _TO, (tensor, tensor.dtype if dtype is None else dtype), order
 
 
 def _deferred_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     """Run a function on meta, and say where the values of its results come from."""
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Deferred)]
-    if func in _WITHOUT_EFFECT and args[0].is_contiguous():
+    if func in _WITHOUT_EFFECT and len(args) == 1 and not kwargs and args[0].is_contiguous():
         return _make(torch.empty_like(args[0], device="meta"), args[0]._where)
     versions = [tensor._version for tensor in given]
     try:

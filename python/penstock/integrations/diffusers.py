@@ -23,6 +23,7 @@ from penstock.errors import CheckpointError, ModelError
 from penstock.extras import require
 from penstock.integrations import transformers as transformers_front_end
 from penstock.integrations.deferred import defer, source_of
+from penstock.integrations.transformers_class import refuse_quantized
 from penstock.manager import MemoryManager
 from penstock.skeleton import build_skeleton
 from penstock.weights import Weights, open_weights
@@ -155,6 +156,7 @@ def register(
     pipeline._penstock_manager = manager
     for method in _OFFLOADING:
         setattr(pipeline, method, _refusing(method))
+    pipeline.to = _staying(pipeline, manager.device)
     return pipeline
 
 
@@ -228,13 +230,7 @@ def _register_model(
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: download it", path=path / "config.json")
     config = cls.load_config(path, local_files_only=True)
-    if quantized := config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path / 'config.json'} says that the weights are quantized (method "
-            f"{quantized.get('quant_method', 'unknown')!r}): only plain weights can be streamed. "
-            "Take the pipeline without quantization; dtype=torch.bfloat16 halves it",
-            path=path / "config.json",
-        )
+    refuse_quantized(config.get("quantization_config"), path / "config.json")
 
     def build() -> nn.Module:
         model: nn.Module = cls.from_config(config)
@@ -255,7 +251,8 @@ def _register_model(
             in_float32 = any(module in key.split(".") for module in kept)
             tensor = tensor.to(torch.float32 if in_float32 else wanted)
         sources[key] = source_of(key, tensor)
-    manager.register(name, model, Weights(weights.origin, sources))
+    # Names that the model lacks are left out there, too; parameters without a value are an error.
+    manager.register(name, model, Weights(weights.origin, sources), strict=False)
     model.register_to_config(_name_or_path=str(path))
 
 
@@ -289,3 +286,26 @@ def _refusing(method: str) -> Callable[..., None]:
         )
 
     return refuse
+
+
+def _staying(pipeline: Any, device: torch.device) -> Callable[..., Any]:  # noqa: ANN401
+    """Return a `to` that refuses to move the weights elsewhere, or to copy them."""
+    move = pipeline.to
+
+    def to(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype) and value != pipeline.dtype:
+                raise ModelError(
+                    f"the weights are streamed as {pipeline.dtype}, and would be copied out of the "
+                    f"cap: load the pipeline with dtype={value}"
+                )
+            if isinstance(value, (str, torch.device)):
+                wanted = torch.device(value)
+                if wanted.type != device.type or wanted.index not in (None, device.index):
+                    raise ModelError(
+                        f"the weights are streamed to {device}, and would be copied out of the "
+                        f"cap: load the pipeline with device={str(wanted)!r}"
+                    )
+        return move(*args, **kwargs)
+
+    return to

@@ -19,7 +19,7 @@ from penstock import _core
 from penstock.errors import CheckpointError
 from penstock.extras import require
 from penstock.integrations.deferred import Deferred, defer, source_of
-from penstock.integrations.transformers_class import find_class, find_config
+from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
 from penstock.manager import MemoryManager
 from penstock.offload import keep_acquired
 from penstock.weights import Weights, find_slots, open_weights
@@ -144,6 +144,7 @@ def register(
     path = Path(directory)
     if config is None:
         config = find_config(transformers, path, trust_remote_code=trust_remote_code)
+    refuse_quantized(getattr(config, "quantization_config", None), path / "config.json")
     cls = find_class(transformers, config, path, model_class, trust_remote_code=trust_remote_code)
     weights = _open(path)
     model, missing = _run_loading(transformers, cls, config, path, weights, dtype)
@@ -196,7 +197,7 @@ def _run_loading(
             ignore_mismatched_sizes=True,  # they are told, and refused below
             output_loading_info=True,
         )
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"transformers cannot load {weights.origin} as {cls.__name__}: {error}", path=path
         ) from error
@@ -231,7 +232,7 @@ def _empty(model: nn.Module) -> None:
     for slot in find_slots(model):
         held = slot.current
         with torch._C.DisableTorchFunctionSubclass():
-            empty = torch.empty(slot.shape, dtype=held.dtype, device="meta")
+            empty = torch.empty_like(held.detach(), device="meta")
             if slot.is_parameter:
                 empty = nn.Parameter(empty, requires_grad=held.requires_grad)
             elif not isinstance(held, Deferred):

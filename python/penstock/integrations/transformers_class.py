@@ -11,7 +11,7 @@ from penstock.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["find_class", "find_config"]
+__all__ = ["find_class", "find_config", "refuse_quantized"]
 
 
 def find_config(
@@ -42,7 +42,7 @@ def find_config(
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no configuration: download it again", path=file)
-    _refuse_quantized(content.get("quantization_config"), file)
+    refuse_quantized(content.get("quantization_config"), file)
     try:
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -55,10 +55,24 @@ def find_config(
     return config
 
 
-def _refuse_quantized(found: object, file: Path) -> None:
+def refuse_quantized(found: object, file: Path) -> None:
+    """Refuse weights that are quantized.
+
+    Parameters
+    ----------
+    found
+        What the configuration says of that, if anything.
+
+    Raises
+    ------
+    CheckpointError
+        If it says anything.
+    """
     if not found:
         return
-    method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+    if not isinstance(found, dict):
+        found = vars(found)
+    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
     raise CheckpointError(
         f"{file} says that the weights are quantized (method {method!r}): only plain weights can "
         "be streamed. Take the model's checkpoint without quantization; dtype=torch.bfloat16 "
