@@ -379,6 +379,15 @@ def refusal(directory: Path, **options: Any) -> CheckpointError:
     return caught.value
 
 
+def test_version_that_is_too_old(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved("llama")
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(penstock.PenstockError, match=r"4\.57\.1 is too old.*transformers>=5.20"):
+        load(directory)
+
+
 def test_no_directory_is_looked_for_elsewhere(tmp_path: Path) -> None:
     error = refusal(tmp_path / "owner" / "name")
     assert "config.json" in str(error)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from penstock import _core
-from penstock.errors import CheckpointError
+from penstock.errors import CheckpointError, PenstockError
 from penstock.extras import require
 from penstock.integrations.deferred import Deferred, defer, source_of
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "register"]
 
 _CONVERTED = "pytorch_model.bin"
+_OLDEST = [5, 20]
 
 
 def load(
@@ -138,9 +139,10 @@ def register(
     CapExceededError, DeviceError, ModelError
         As `MemoryManager.register` does.
     PenstockError
-        If transformers is not installed.
+        If transformers is not installed, or too old.
     """
     (transformers,) = require("a model of transformers", "transformers", "transformers")
+    _require_version(transformers.__version__)
     path = Path(directory)
     if config is None:
         config = find_config(transformers, path, trust_remote_code=trust_remote_code)
@@ -163,6 +165,16 @@ def register(
         )
     _empty(model)
     manager.register(name, model, Weights(weights.origin, sources))
+
+
+def _require_version(found: str) -> None:
+    """Refuse versions whose loading was not tried with tensors that are not read yet."""
+    if [int(part) for part in found.split(".")[:2]] < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise PenstockError(
+            f"transformers {found} is too old to load models this way: pip install "
+            f"'transformers>={oldest}', or register the module with MemoryManager.register"
+        )
 
 
 def _open(path: Path) -> Weights:
