@@ -24,6 +24,7 @@ from penstock.fill import fill
 from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
+from penstock.on_call import OnCall
 from penstock.pager import Pager
 from penstock.progress import progress_bar
 from penstock.runner import Runner
@@ -32,7 +33,6 @@ from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
-from penstock.turns import Turns
 from penstock.weights import Weights, find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
@@ -48,7 +48,6 @@ class _Model:
     runner: Runner | None  # and with it, the memory; None where it has no weights
     acquired: int = 0
     last_use: int = 0
-    used_once: bool = False  # in its last turn, so that it goes before others
     origin: Origin | None = None  # where the tensors of an adopted model were
 
 
@@ -120,7 +119,7 @@ class MemoryManager:
         self._uses = 0
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
-        self._turns = Turns(self.acquire, self._end_turn, self._lock)
+        self._on_call = OnCall(self.acquire, self.release, self._lock)
 
     @property
     def pager(self) -> Pager:
@@ -323,7 +322,7 @@ class MemoryManager:
             self._forget(name, readable=self._pager.kind == "managed")
 
     def _forget(self, name: str, *, readable: bool) -> None:
-        self._turns.end(name)
+        self._on_call.end(name)
         model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
@@ -360,8 +359,8 @@ class MemoryManager:
         model.last_use = self._uses
 
     def _runners(self) -> list[tuple[Runner, bool]]:
-        """List all models with weights, those to go first first, and whether in use."""
-        models = sorted(self._models.values(), key=lambda each: (not each.used_once, each.last_use))
+        """List all models with weights, the least recently used first, and whether in use."""
+        models = sorted(self._models.values(), key=lambda each: each.last_use)
         return [(each.runner, each.acquired > 0) for each in models if each.runner is not None]
 
     def _make_room(self, runner: Runner) -> None:
@@ -429,17 +428,16 @@ class MemoryManager:
         with self._lock:
             return self._find(name).binding.module
 
-    def take_turns(self, *names: str) -> Turns:
+    def acquire_on_call(self, *names: str) -> OnCall:
         """Have models be in use while they are called, one after the other, as in a pipeline.
 
-        Nobody has to acquire them: a call of one does, and releases the one before, among all that
-        take turns in this manager. They stay in place while there is room; those that were called
-        only once go first.
+        Nobody has to acquire them: a call of one does, and releases those whose calls have ended.
+        They stay in place while there is room.
 
         Returns
         -------
-        Turns
-            The manager's; its `end` releases whoever has the turn.
+        OnCall
+            Its `end` releases whichever is in use for that, between calls.
 
         Raises
         ------
@@ -447,15 +445,10 @@ class MemoryManager:
             If there is no such model.
         """
         with self._lock:
-            for name, model in [(name, self._find(name)) for name in names]:
-                if model.runner is not None:
-                    model.runner.before_call = partial(self._turns.begin, name, model.runner)
-            return self._turns
-
-    def _end_turn(self, name: str, repeated: bool) -> None:
-        with self._lock:
-            self._find(name).used_once = not repeated
-            self.release(name)
+            for name, runner in [(name, self._find(name).runner) for name in names]:
+                if runner is not None:
+                    runner.before_call = partial(self._on_call.begin, name, runner)
+            return self._on_call
 
     def prefetch(self, name: str) -> None:
         """Begin to bring a model in without acquiring it, as far as there is room; return at once.

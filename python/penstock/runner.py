@@ -68,7 +68,7 @@ class Runner:
         self._name = name
         self._binding = binding
         self.memory = memory
-        self.before_call: Callable[[int], None] | None = None  # told of calls from outside
+        self.before_call: Callable[[], None] | None = None  # of calls from outside
         self._streamer = memory.streamer
         self._stream = memory.pager.stream
         self._capturing = False
@@ -256,7 +256,7 @@ class Runner:
             except CapExceededError:
                 if self._calls or self.before_call is None:
                     raise
-                self.before_call(-1)  # a model whose turn it is not
+                self.before_call()  # nobody has acquired it
                 self._streamer.begin_pages(pages, self._stream())
             return pages
         # Inside a pass it is a step of its own from now on, so that it is expected next time.
@@ -298,7 +298,7 @@ class Runner:
     def _enter(self, index: int) -> None:
         calls = self._calls
         if not calls and self.before_call is not None:
-            self.before_call(index)
+            self.before_call()
         call = _Call(index, calls[-1] if calls else None)
         # Before what can fail: the other hook pops it in any case.
         if calls:

@@ -1,8 +1,8 @@
 """Pipelines of diffusers: from a directory, as `save_pretrained` writes it, under one cap.
 
-Every part with weights (text encoders, transformer or UNet, VAE) is registered with one manager and
-takes turns with the others: it is in use while it is called. The other parts (tokenizers,
-schedulers) and the pipeline itself are made by diffusers as always.
+Every part with weights (text encoders, transformer or UNet, VAE) is registered with one manager,
+and in use while it is called. The other parts (tokenizers, schedulers) and the pipeline itself are
+made by diffusers as always.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def register(
         for part in parts:
             manager.unregister(prefix + part)
         raise
-    manager.take_turns(*(prefix + part for part in parts))
+    manager.acquire_on_call(*(prefix + part for part in parts))
     pipeline._penstock_manager = manager
     for method in _OFFLOADING:
         setattr(pipeline, method, _refusing(method))

@@ -1,4 +1,4 @@
-"""Models that take turns: whoever is called is in use, and no one else."""
+"""Models that are acquired on call: whichever is called is in use, and no other."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def users(manager: MemoryManager) -> list[str]:
 
 @pytest.mark.parametrize("pages", (5, 8, 30))
 @pytest.mark.parametrize("pager", PAGERS)
-def test_a_call_takes_the_turn(pager: str, pages: int) -> None:
+def test_a_call_acquires_and_releases_the_one_before(pager: str, pages: int) -> None:
     manager, parts = manager_of_parts(pager, pages)
     wanted = [build(builder, seed)(X) for seed in range(3)]
-    turns = manager.take_turns(*parts)
+    on_call = manager.acquire_on_call(*parts)
     assert users(manager) == []
     for _ in range(2):
         for name in "abbbc":
             assert same_bits(parts[name](X), wanted["abc".index(name)])
             assert users(manager) == [name]
-    turns.end()
+    on_call.end()
     assert users(manager) == []
     assert manager.stats().peak <= manager.stats().cap
     assert same_bits(parts["b"][2](X), build(builder, 1)[2](X))  # a part of it alone
@@ -54,22 +54,9 @@ def test_a_call_takes_the_turn(pager: str, pages: int) -> None:
     assert users(manager) == []
 
 
-@pytest.mark.parametrize("pager", PAGERS)
-def test_what_was_called_once_leaves_first(pager: str) -> None:
-    # Each model takes 7 pages: room for two.
-    manager, parts = manager_of_parts(pager, 15)
-    manager.take_turns(*parts)
-    for name in "abbbc":
-        parts[name](X)  # c has to take the place of a, which was called once
-    before = manager.stats().models["b"].memory.loaded_bytes
-    parts["a"](X)  # and a that of c, although b was used longer ago
-    parts["b"](X)
-    assert manager.stats().models["b"].memory.loaded_bytes == before
-
-
 def test_a_call_inside_of_another_ones() -> None:
     manager, parts = manager_of_parts("frames", 16)
-    manager.take_turns(*parts)
+    manager.acquire_on_call(*parts)
     parts["a"](X)
     inner = parts["c"]
     handle = parts["a"][1].register_forward_pre_hook(lambda module, args: (args[0] + inner(X),))
@@ -87,10 +74,10 @@ def test_a_model_too_large_leaves_the_others_usable(pager: str) -> None:
     manager, parts = manager_of_parts(pager, 6)
     manager.register("large", lambda: mlp(400, 400), state_of(build(lambda: mlp(400, 400))))
     with_large = manager.module("large")
-    manager.take_turns(*parts, "large")
+    manager.acquire_on_call(*parts, "large")
     parts["a"](X)
     with pytest.raises(CapExceededError):
         with_large(torch.ones(1, 400))
     assert same_bits(parts["a"](X), build(builder, 0)(X))
     with pytest.raises(ModelError, match="no model 'other'"):
-        manager.take_turns("other")
+        manager.acquire_on_call("other")
