@@ -7,7 +7,32 @@ from typing import Any
 
 from penstock.errors import PenstockError
 
-__all__ = ["require_transformers"]
+__all__ = ["require", "require_transformers"]
+
+
+def require(what: str, extra: str, *names: str) -> tuple[Any, ...]:
+    """Import modules that an extra of this package brings.
+
+    Parameters
+    ----------
+    what
+        What needs them, for the message.
+    extra
+        The extra.
+    names
+        Of the modules.
+
+    Raises
+    ------
+    PenstockError
+        If one of them is not installed.
+    """
+    try:
+        return tuple(import_module(name) for name in names)
+    except ImportError as error:
+        raise PenstockError(
+            f"{what} needs the package {error.name}: pip install 'penstock[{extra}]'"
+        ) from None
 
 
 def require_transformers(what: str, extra: str, *others: str) -> tuple[Any, ...]:
@@ -32,12 +57,7 @@ def require_transformers(what: str, extra: str, *others: str) -> tuple[Any, ...]
     PenstockError
         If one of them is not installed.
     """
-    try:
-        transformers, *rest = (import_module(name) for name in ("transformers", *others))
-    except ImportError as error:
-        raise PenstockError(
-            f"{what} needs the package {error.name}: pip install 'penstock[{extra}]'"
-        ) from None
+    transformers, *rest = require(what, extra, "transformers", *others)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers, *rest

@@ -31,8 +31,8 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
     """Read all tensors into a region of managed memory, making none of it resident.
 
     Extents of files are read in parallel, straight into the region. Tensors that are converted, or
-    come from memory, go through a buffer of 16 MiB; those in another order of elements, through
-    memory of their own.
+    come from memory, go through a buffer of 16 MiB; those in another order of elements, or that
+    have to be made, through memory of their own, one by one.
 
     Parameters
     ----------
@@ -85,16 +85,24 @@ def direct_extents(placements: list[Placement]) -> tuple[list[str], list[Extent]
     files: dict[str, int] = {}
     extents: list[Extent] = []
     for placement in placements:
-        entry = placement.source.where
-        if not isinstance(entry, TensorEntry) or not placement.is_verbatim or entry.nbytes == 0:
-            continue
-        file = files.setdefault(str(entry.path), len(files))
-        extent = (file, entry.offset, placement.offset, entry.nbytes)
-        if extents and _adjoins(extents[-1], extent):
-            last = extents.pop()
-            extent = (*last[:3], last[3] + entry.nbytes)
-        extents.append(extent)
+        at = placement.offset
+        for entry in _pieces(placement):
+            if entry.nbytes == 0:
+                continue
+            file = files.setdefault(str(entry.path), len(files))
+            extent = (file, entry.offset, at, entry.nbytes)
+            at += entry.nbytes
+            if extents and _adjoins(extents[-1], extent):
+                last = extents.pop()
+                extent = (*last[:3], last[3] + entry.nbytes)
+            extents.append(extent)
     return list(files), extents
+
+
+def _pieces(placement: Placement) -> tuple[TensorEntry, ...]:
+    """List the extents that hold the very bytes of a tensor; none where no file does."""
+    where = placement.source.where
+    return where if isinstance(where, tuple) and placement.is_verbatim else ()
 
 
 def _adjoins(a: Extent, b: Extent) -> bool:
@@ -113,7 +121,7 @@ def write_rest(
     """
     done = 0
     for placement in placements:
-        if isinstance(placement.source.where, TensorEntry) and placement.is_verbatim:
+        if _pieces(placement):
             continue
         at = placement.offset
         for chunk in _reordered(placement) if placement.stride else _chunks(placement):
@@ -136,10 +144,12 @@ def _reordered(placement: Placement) -> Iterator[torch.Tensor]:
 def _chunks(placement: Placement) -> Iterator[torch.Tensor]:
     """Yield the source's elements in order, flat, on the CPU, in its own dtype."""
     where = placement.source.where
-    if isinstance(where, TensorEntry):
-        yield from _file_chunks(where, placement.source.dtype)
+    if isinstance(where, tuple):
+        for entry in where:
+            yield from _file_chunks(entry, placement.source.dtype)
         return
-    flat = where.contiguous().reshape(-1)
+    tensor = where if isinstance(where, torch.Tensor) else where()
+    flat = tensor.contiguous().reshape(-1)
     elements = max(1, _CHUNK // flat.element_size())
     for first in range(0, flat.numel(), elements):
         yield flat[first : first + elements].cpu()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from penstock.host import HOST_TIERS, open_tier, require_budget
 from penstock.kernels import Kernel, KernelFunction
 from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
+from penstock.on_call import OnCall
 from penstock.pager import Pager
 from penstock.parts import find_parts, select_modules
 from penstock.policy import FarthestUse, Policy, Priority
@@ -39,7 +41,7 @@ from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
 from penstock.turns import Turns
-from penstock.weights import find_slots, match, open_weights
+from penstock.weights import Weights, find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
 
@@ -138,6 +140,7 @@ class MemoryManager:
         self._lock = threading.RLock()
         if self._pager.hard_cap is not None:
             self._pager.hard_cap.managers.add(self)
+        self._on_call = OnCall(self.acquire, self.release)
 
     @property
     def pager(self) -> Pager:
@@ -153,7 +156,7 @@ class MemoryManager:
         self,
         name: str,
         module_or_builder: nn.Module | Callable[[], nn.Module],
-        weights: str | os.PathLike[str] | Mapping[str, torch.Tensor],
+        weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Weights,
         *,
         dtype: torch.dtype | None = None,
         strict: bool = True,
@@ -366,6 +369,7 @@ class MemoryManager:
             self._forget(name, readable=self._pager.kind == "managed")
 
     def _forget(self, name: str, *, readable: bool) -> None:
+        self._on_call.end(name)
         model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
@@ -559,6 +563,39 @@ class MemoryManager:
             tenant = self._find(name).tenant
             if tenant is not None:
                 self._residency.release_reservation(tenant)
+
+    def module(self, name: str) -> nn.Module:
+        """Return a model without acquiring it.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            return self._find(name).binding.module
+
+    def acquire_on_call(self, *names: str) -> OnCall:
+        """Have models be in use while they are called, one after the other, as in a pipeline.
+
+        Nobody has to acquire them: a call of one does, and releases those whose calls have ended.
+        They stay in place while there is room.
+
+        Returns
+        -------
+        OnCall
+            Its `end` releases whichever is in use for that, between calls.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            for name, runner in [(name, self._find(name).runner) for name in names]:
+                if runner is not None:
+                    runner.before_call = partial(self._on_call.begin, name, runner)
+            return self._on_call
 
     def prefetch(self, name: str) -> None:
         """Begin to bring a model in without acquiring it, as far as there is room; return at once.

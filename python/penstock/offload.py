@@ -13,7 +13,7 @@ from penstock import _core
 from penstock.errors import ModelError
 from penstock.manager import MemoryManager
 
-__all__ = ["manager_of", "offload", "restore"]
+__all__ = ["keep_acquired", "manager_of", "offload", "restore"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,6 +25,7 @@ class _Offloaded:
     """What a module remembers of being offloaded. Copies of the module are not."""
 
     manager: MemoryManager
+    adopted: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -84,11 +85,28 @@ def offload(
     )
     manager.adopt(_NAME, model)
     try:
-        manager.acquire(_NAME)
+        keep_acquired(manager, _NAME, adopted=True)
     except BaseException:
         manager.give_back(_NAME)
         raise
-    object.__setattr__(model, "_penstock_offloaded", _Offloaded(manager))
+    return model
+
+
+def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -> nn.Module:
+    """Acquire the one model of a manager for as long as it lives, and have it know its manager.
+
+    Parameters
+    ----------
+    adopted
+        Whether it was loaded before, so that `restore` can take it back.
+
+    Raises
+    ------
+    CapExceededError
+        If a step of it cannot run under the cap.
+    """
+    model = manager.acquire(name)
+    object.__setattr__(model, "_penstock_offloaded", _Offloaded(manager, adopted))
     return model
 
 
@@ -98,13 +116,18 @@ def restore(model: M) -> M:
     Raises
     ------
     ModelError
-        If the model is not offloaded.
+        If the model is not offloaded, or was never in ordinary memory.
     """
-    manager = manager_of(model)
-    if manager is None:
+    offloaded = _offloaded(model)
+    if offloaded is None:
         raise ModelError("the model is not offloaded")
-    manager.release(_NAME)
-    manager.give_back(_NAME)
+    if not offloaded.adopted:
+        raise ModelError(
+            "the model was read from its checkpoint to where it streams from, and never was in "
+            "ordinary memory: to have it there, load the checkpoint without Penstock"
+        )
+    offloaded.manager.release(_NAME)
+    offloaded.manager.give_back(_NAME)
     object.__delattr__(model, "_penstock_offloaded")
     return model
 
@@ -117,7 +140,7 @@ def manager_of(model: nn.Module) -> MemoryManager | None:
     Parameters
     ----------
     model
-        A module that was given to `offload`, or any other.
+        A module that was given to `offload` or loaded by a front end, or any other.
 
     Returns
     -------
@@ -128,5 +151,10 @@ def manager_of(model: nn.Module) -> MemoryManager | None:
     --------
     offload : Makes the manager.
     """
-    offloaded = model.__dict__.get("_penstock_offloaded")
-    return offloaded.manager if isinstance(offloaded, _Offloaded) else None
+    offloaded = _offloaded(model)
+    return None if offloaded is None else offloaded.manager
+
+
+def _offloaded(model: nn.Module) -> _Offloaded | None:
+    found = model.__dict__.get("_penstock_offloaded")
+    return found if isinstance(found, _Offloaded) else None

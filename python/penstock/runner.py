@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -80,6 +80,7 @@ class Runner:
         self._name = name
         self._binding = binding
         self.memory = memory
+        self.before_call: Callable[[], None] | None = None  # of calls from outside
         self._streamer = memory.streamer
         self._stream = memory.pager.stream
         self._capturing = False
@@ -376,7 +377,13 @@ class Runner:
         """Make the pages of tensors ready that are read outside of steps."""
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._in_pass or self._observer is not None or not self.turn.mine:
-            self._streamer.begin_pages(pages, self._stream())
+            try:
+                self._streamer.begin_pages(pages, self._stream())
+            except CapExceededError:
+                if self._calls or self.before_call is None:
+                    raise
+                self.before_call()  # nobody has acquired it
+                self._streamer.begin_pages(pages, self._stream())
             return pages
         # Inside a pass it is a step of its own from now on, so that it is expected next time.
         call = self._calls[-1]
@@ -418,6 +425,8 @@ class Runner:
         frame = _frame_of_call(sys._getframe(2))
         calls = self._calls
         if not self.turn.mine:
+            if self.before_call is not None:
+                self.before_call()
             if self.turn.take(frame):
                 self.end_interrupted()
         elif calls and is_over(calls[-1].frame):

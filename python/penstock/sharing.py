@@ -23,7 +23,7 @@ from penstock.sizes import format_bytes
 __all__ = ["Busy", "Sharing", "Tenant", "divide"]
 
 
-class Busy(Exception):  # noqa: N818 (nothing is wrong yet)
+class Busy(Exception):
     """A call has to end before there is room.
 
     Parameters

@@ -8,7 +8,7 @@ pairs each slot with one tensor of the weights, or refuses with everything that 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,19 @@ __all__ = ["Slot", "Source", "Weights", "find_slots", "match", "open_weights"]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One tensor of the weights: an extent of a file, or a tensor in memory."""
+    """One tensor of the weights.
+
+    Parameters
+    ----------
+    where
+        Extents of files, in which it lies piece behind piece; or the tensor itself, in memory; or a
+        function that makes it in memory, which is called when its bytes are wanted.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    where: TensorEntry | torch.Tensor
+    where: tuple[TensorEntry, ...] | torch.Tensor | Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,19 +78,23 @@ class Slot:
         return held
 
 
-def open_weights(weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> Weights:
+def open_weights(
+    weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Weights,
+) -> Weights:
     """Find the tensors of a checkpoint, or take those of a state dict.
 
     Parameters
     ----------
     weights
-        What `open_checkpoint` takes, a torch file, or tensors by name.
+        What `open_checkpoint` takes, a torch file, tensors by name, or what this returns.
 
     Raises
     ------
     CheckpointError
         If there is nothing that can be read.
     """
+    if isinstance(weights, Weights):
+        return weights
     if isinstance(weights, Mapping):
         return Weights("the given tensors", dict(_in_memory(weights)))
     path = Path(weights)
@@ -112,7 +123,7 @@ def _without_bytes(name: str, what: str) -> CheckpointError:
 def _in_files(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Source]]:
     for name, entry in entries.items():
         shape = tuple(torch_shape(entry.dtype, entry.shape))
-        yield name, Source(name, torch_dtype(entry.dtype), shape, entry)
+        yield name, Source(name, torch_dtype(entry.dtype), shape, (entry,))
 
 
 def find_slots(module: nn.Module) -> list[Slot]:

@@ -1,0 +1,456 @@
+"""Pipelines of diffusers from their directories: the images of the pipeline in ordinary memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from penstock import CheckpointError, MemoryManager, ModelError
+from python.support import KIB, PAGERS, same_bits, state_of
+
+diffusers = pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
+transformers = pytest.importorskip("transformers")
+front_end = pytest.importorskip("penstock.integrations.diffusers")
+
+pytestmark = [  # diffusers' own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+PAGE = 64 * KIB
+WORDS = {"[UNK]": 0, "</s>": 1, **{f"w{number}": number for number in range(2, 100)}}
+
+
+def tokenizer(length: int) -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="[UNK]",
+        pad_token="</s>",
+        eos_token="</s>",
+        model_max_length=length,
+    )
+
+
+def clip(cls: str = "CLIPTextModel") -> Any:
+    config = transformers.CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=100,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    return getattr(transformers, cls)(config)
+
+
+def t5(kind: str = "T5") -> Any:
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=32, d_kv=8, d_ff=256, num_layers=3, num_heads=4, vocab_size=100
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def kl_vae(channels: int = 4, **options: Any) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(32, 64),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        sample_size=32,
+        **options,
+    )
+
+
+def sdxl() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=64,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=kl_vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip("CLIPTextModelWithProjection"),
+        tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77),
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=kl_vae(1, shift_factor=0.1, scaling_factor=0.3),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(77),
+        transformer=transformer,
+    )
+
+
+def wan() -> Any:
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer(64),
+        text_encoder=t5("UMT5"),
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=transformer,
+    )
+
+
+def ltx() -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=32,
+    )
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return diffusers.LTXPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=t5(),
+        tokenizer=tokenizer(32),
+        transformer=transformer,
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A pipeline, and a call of it."""
+
+    make: Callable[[], Any]
+    call: dict[str, Any]
+
+
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 3}
+VIDEO = {**SMALL, "num_frames": 9, "max_sequence_length": 16}
+KINDS = {
+    "sdxl": Kind(sdxl, SMALL),
+    "flux": Kind(flux, {**SMALL, "max_sequence_length": 16, "guidance_scale": 0.0}),
+    "wan": Kind(wan, VIDEO),
+    "ltx": Kind(ltx, VIDEO),
+}
+
+
+def draw(pipeline: Any, name: str, **options: Any) -> torch.Tensor:
+    """Call a pipeline with a seed."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(4)
+    call = {**KINDS[name].call, "output_type": "pt", "generator": generator, **options}
+    return pipeline(prompt="w3 w14 w15", **call)[0]
+
+
+def modules(pipeline: Any) -> dict[str, nn.Module]:
+    return {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+@dataclass
+class Saved:
+    """A pipeline in ordinary memory, where it was saved, and what it draws."""
+
+    pipeline: Any
+    directory: Path
+    image: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    made: dict[str, Saved] = {}
+
+    def get(name: str) -> Saved:
+        if name not in made:
+            torch.manual_seed(0)
+            pipeline = KINDS[name].make()
+            for part in modules(pipeline).values():
+                part.eval()
+            directory = tmp_path_factory.mktemp(name)
+            pipeline.save_pretrained(directory)
+            made[name] = Saved(pipeline, directory, draw(pipeline, name))
+        return made[name]
+
+    return get
+
+
+def load(directory: Path, pages: int, **options: Any) -> Any:
+    options = {"device": "cpu", "page_size": PAGE, "verify": True, **options}
+    return front_end.load(directory, pages * PAGE, **options)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@pytest.mark.parametrize("name", KINDS)
+def test_images_are_those_of_the_pipeline_in_ordinary_memory(
+    name: str, pager: str, saved: Callable[[str], Saved]
+) -> None:
+    plain = saved(name)
+    pipeline = load(plain.directory, 9, pager=pager)
+    assert type(pipeline) is type(plain.pipeline)
+    for number in range(2):
+        assert same_bits(draw(pipeline, name), plain.image), f"run {number} differs"
+    manager = front_end.manager_of(pipeline)
+    stats = manager.stats()
+    assert set(stats.models) == set(modules(plain.pipeline))
+    assert stats.peak <= stats.cap < sum(model.nbytes for model in stats.models.values())
+    assert stats.evicted_bytes > 0
+    for part, module in modules(pipeline).items():
+        assert same_bits(state_of(module), state_of(modules(plain.pipeline)[part])), part
+
+
+# ---- what a pipeline can do --------------------------------------------------------------------
+
+
+def test_callbacks_see_the_steps_and_change_them(saved: Callable[[str], Saved]) -> None:
+    def halve(pipeline: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, given["latents"].clone()))
+        return {"latents": given["latents"] / 2}
+
+    found = []
+    for pipeline in (saved("sdxl").pipeline, load(saved("sdxl").directory, 9)):
+        seen: list[Any] = []
+        found.append((draw(pipeline, "sdxl", callback_on_step_end=halve), seen))
+    assert same_bits(found[1], found[0])
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_tiled_and_sliced_vae(pager: str, saved: Callable[[str], Saved]) -> None:
+    found = []
+    for pipeline in (saved("sdxl").pipeline, load(saved("sdxl").directory, 9, pager=pager)):
+        pipeline.vae.enable_tiling()
+        pipeline.vae.enable_slicing()
+        pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 8, 16
+        found.append(draw(pipeline, "sdxl", num_images_per_prompt=2))
+        pipeline.vae.disable_tiling()
+        pipeline.vae.disable_slicing()
+    assert same_bits(found[1], found[0])
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_moving_to_where_it_is(pager: str, saved: Callable[[str], Saved]) -> None:
+    pipeline = load(saved("sdxl").directory, 9, pager=pager)
+    assert pipeline.to("cpu") is pipeline
+    assert pipeline.device == torch.device("cpu")
+    assert pipeline.dtype == torch.float32
+    assert same_bits(draw(pipeline, "sdxl"), saved("sdxl").image)
+    stats = front_end.manager_of(pipeline).stats()
+    assert all(model.moved == () for model in stats.models.values())
+
+
+def test_moving_elsewhere_is_refused(saved: Callable[[str], Saved]) -> None:
+    pipeline = load(saved("flux").directory, 9)
+    with pytest.raises(ModelError, match=r"streamed to cpu.*device='cuda:1'"):
+        pipeline.to("cuda:1")
+    with pytest.raises(ModelError, match=r"load the pipeline with dtype=torch.float16"):
+        pipeline.to(torch.float16)
+    assert same_bits(draw(pipeline, "flux"), saved("flux").image)
+
+
+@pytest.mark.parametrize("method", front_end._OFFLOADING)
+def test_other_ways_to_offload_are_refused(method: str, saved: Callable[[str], Saved]) -> None:
+    pipeline = load(saved("flux").directory, 9)
+    with pytest.raises(ModelError, match=f"{method} moves weights.*set_cap"):
+        getattr(pipeline, method)()
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_lora(pager: str, saved: Callable[[str], Saved]) -> None:
+    peft = pytest.importorskip("peft", reason="diffusers loads adapters with it")
+    directory = saved("sdxl").directory
+    unet = diffusers.UNet2DConditionModel.from_pretrained(directory, subfolder="unet")
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    torch.manual_seed(2)
+    unet.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    weights = {f"unet.{k}": v for k, v in peft.get_peft_model_state_dict(unet).items()}
+    plain = diffusers.StableDiffusionXLPipeline.from_pretrained(directory)
+    pipeline = load(directory, 9, pager=pager)
+    draw(pipeline, "sdxl")
+    changes: list[Callable[[Any], object]] = [
+        lambda pipe: pipe.load_lora_weights(dict(weights)),
+        lambda pipe: pipe.set_adapters(pipe.get_active_adapters(), [0.5]),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.unfuse_lora(),
+        lambda pipe: pipe.unload_lora_weights(),
+    ]
+    before = saved("sdxl").image
+    for change in changes:
+        change(plain)
+        change(pipeline)
+        wanted = draw(plain, "sdxl")
+        assert not same_bits(wanted, before)
+        for _ in range(2):
+            assert same_bits(draw(pipeline, "sdxl"), wanted)
+        before = wanted
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_saved_pipeline_is_the_one_that_was_loaded(
+    pager: str, saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    load(saved("flux").directory, 9, pager=pager).save_pretrained(tmp_path)
+    weights = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(weights) == 4
+    for file in weights:
+        same = saved("flux").directory / file.relative_to(tmp_path)
+        assert file.read_bytes() == same.read_bytes(), file.name
+
+
+def test_parts_of_ones_own(saved: Callable[[str], Saved]) -> None:
+    plain = saved("flux").pipeline
+    parts = {"vae": plain.vae, "text_encoder_2": None, "tokenizer_2": None}
+    pipeline = load(saved("flux").directory, 9, **parts)
+    assert pipeline.vae is plain.vae
+    assert pipeline.text_encoder_2 is None
+    assert set(front_end.manager_of(pipeline).stats().models) == {"text_encoder", "transformer"}
+
+
+def test_two_pipelines_under_one_cap(saved: Callable[[str], Saved]) -> None:
+    manager = MemoryManager(cap=9 * PAGE, device="cpu", page_size=PAGE)
+    names = ("flux", "ltx")
+    pipelines = {
+        name: front_end.register(manager, saved(name).directory, prefix=f"{name}.")
+        for name in names
+    }
+    for name in (*names, *names):
+        assert same_bits(draw(pipelines[name], name), saved(name).image)
+    stats = manager.stats()
+    assert stats.peak <= stats.cap
+    assert sum(model.acquired for model in stats.models.values()) <= 1
+
+
+@pytest.mark.parametrize("name", ("sdxl", "wan"))
+def test_dtype_is_what_from_pretrained_makes(name: str, saved: Callable[[str], Saved]) -> None:
+    pytest.importorskip("accelerate", reason="without it, diffusers keeps nothing in float32")
+    directory = saved(name).directory
+    pipeline = load(directory, 9, dtype=torch.bfloat16)
+    plain = type(pipeline).from_pretrained(directory, torch_dtype=torch.bfloat16)
+    for part, module in modules(pipeline).items():
+        assert same_bits(state_of(module), state_of(modules(plain)[part])), part
+    assert same_bits(draw(pipeline, name), draw(plain, name))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def copy_of(directory: Path, to: Path, **changes: Any) -> Path:
+    """Make a directory of links to another one's, with other values in its index."""
+    for entry in directory.iterdir():
+        (to / entry.name).symlink_to(entry)
+    index = json.loads((directory / "model_index.json").read_text())
+    (to / "model_index.json").unlink()
+    (to / "model_index.json").write_text(json.dumps({**index, **changes}))
+    return to
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(directory, 9)
+    assert caught.value.path is not None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", (None, "{", "[]", "{}", '{"_class_name": ["own", "Pipeline"]}'))
+def test_directories_that_are_none(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "model_index.json").write_text(text)
+    assert str(tmp_path / "model_index.json") in refusal(tmp_path) or text is None
+
+
+def test_quantized_part(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    directory = copy_of(saved("flux").directory, tmp_path)
+    (directory / "transformer").unlink()
+    (directory / "transformer").mkdir()
+    config = json.loads((saved("flux").directory / "transformer" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (directory / "transformer" / "config.json").write_text(json.dumps(config))
+    assert "'bitsandbytes'" in refusal(directory)
+
+
+def test_part_without_weights_leaves_nothing(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    directory = copy_of(saved("flux").directory, tmp_path)
+    (directory / "vae").unlink()
+    manager = MemoryManager(cap=9 * PAGE, device="cpu", page_size=PAGE)
+    with pytest.raises(CheckpointError, match="vae"):
+        front_end.register(manager, directory)
+    assert manager.stats().models == {}

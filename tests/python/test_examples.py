@@ -1,0 +1,65 @@
+"""The examples run as they stand, on models that are small."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TRIED = ("embeddings", "own_module", "text_generation")
+
+
+def run(name: str, *arguments: str) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](arguments)
+
+
+def small_model(directory: Path, kind: str) -> Path:
+    """Write a small model with random weights, and a tokenizer that knows a few words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    size: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**size))
+    model.save_pretrained(directory)
+    words = {"[UNK]": 0, **{f"w{number}": number for number in range(1, 100)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    options = {"unk_token": "[UNK]", "pad_token": "[UNK]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **options)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_all_are_tried() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == list(TRIED)
+
+
+def test_own_module(capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_module", "--cap", "6MiB", "--width", "512", "--depth", "8")
+    assert "the same bits: True" in capsys.readouterr().out
+
+
+def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = small_model(tmp_path, "llama")
+    run("text_generation", str(directory), "--cap", "6MiB", "--prompt", "w3 w14", "--tokens", "4")
+    out = capsys.readouterr().out
+    assert out.startswith("w3 w14")
+    assert "cap 6.00 MiB" in out
+
+
+def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("embeddings", str(small_model(tmp_path, "bert")), "--cap", "6MiB")
+    assert len(capsys.readouterr().out.splitlines()) == 3
