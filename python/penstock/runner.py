@@ -127,7 +127,7 @@ class Runner:
         self.turn = Turn(turns or Turns(), name)
         self._unwinding = False
         self._gate = threading.RLock()  # while a pass begins or ends, and while others plan
-        self._thread = 0  # of the latest pass
+        self._thread: threading.Thread | None = None  # of the latest pass
         self._plan_later = False
         self._called: list[Place] = []
         self._observer: ReadObserver | None = None
@@ -424,13 +424,11 @@ class Runner:
     def _enter(self, index: int) -> None:
         frame = _frame_of_call(sys._getframe(2))
         calls = self._calls
-        if not self.turn.mine:
+        if not self._inside_call():
             if self.before_call is not None:
                 self.before_call()
-            if self.turn.take(frame):
+            if self.turn.mine or self.turn.take(frame):
                 self.end_interrupted()
-        elif calls and is_over(calls[-1].frame):
-            self.end_interrupted()
         call = _Call(index, calls[-1] if calls else None, frame)
         # Before what can fail: the other hook pops it in any case.
         if calls:
@@ -438,7 +436,7 @@ class Runner:
         else:
             with self._gate:
                 calls.append(call)
-                self._thread = threading.get_ident()
+                self._thread = threading.current_thread()
         if self._free:
             return
         if call.parent is None:
@@ -452,9 +450,17 @@ class Runner:
             call.entries = self._step_entries[index]
             self._guard.open(call.entries)
 
+    def _inside_call(self) -> bool:
+        """Whether this is inside the call that began last: then nobody takes over its turn."""
+        last = self._calls[-1:]
+        # In this order: where the turn is this thread's afterwards, so was the call.
+        return (
+            bool(last) and not is_over(last[0].frame) and self.turn.holder == threading.get_ident()
+        )
+
     def _leave(self, index: int) -> None:
         calls = self._calls
-        if not self.turn.mine:
+        if not self._inside_call() and not self.turn.mine:
             return  # it never began, or was ended meanwhile
         if calls and calls[-1].module != index and is_over(calls[-1].frame):
             self.end_interrupted()
@@ -555,7 +561,7 @@ class Runner:
         self._in_pass = False
         failed = self._unwinding or sys.exc_info()[1] is not self._error_before
         observed = self._observer is not None
-        own = self._thread == threading.get_ident()  # modes are those of a thread
+        own = self._thread is threading.current_thread()  # whose modes they are
         if self._observer is not None:
             if own:
                 self._observer.__exit__(None, None, None)  # type: ignore[no-untyped-call]

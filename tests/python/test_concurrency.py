@@ -172,6 +172,31 @@ def test_an_error_in_one_thread_lets_the_next_have_its_turn(
     rig.end()
 
 
+def test_a_thread_that_died_inside_a_call_stops_nobody(pager: str) -> None:
+    """Also where the next thread has its number, as often happens."""
+    rig = Rig(pager, 3, a=6)
+
+    def die() -> None:
+        rig.manager.acquire("a")
+
+        def fail(step: int) -> None:
+            if step == 3:
+                raise Interrupt
+
+        rig.modules["a"].between = fail
+        with pytest.raises(Interrupt):
+            rig.modules["a"](X)
+
+    for _ in range(3):
+        run_all(die)
+        rig.modules["a"].between = lambda step: None
+        run_all(lambda: rig.check("a"))
+        rig.check("a")
+    for _ in range(3):
+        rig.manager.release("a", evict=True)
+    rig.end()
+
+
 # ---- a model inside another's call ---------------------------------------------------------------
 
 
