@@ -831,7 +831,12 @@ def _open_pager(
             f"the process has a hard cap of {format_bytes(hard_cap.pager.cap)} already, which all "
             "managers share: leave the cap out"
         )
-    return Pager(cap=hard_cap.pager, kind=kind, page_size=page_size)
+    if kind == "managed":
+        raise ValueError(
+            "managed memory is not held by a hard cap: the driver keeps evicted pages on the "
+            'device until somebody needs them. Use pager="frames"'
+        )
+    return Pager(cap=hard_cap.pager, kind="frames", page_size=page_size)
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

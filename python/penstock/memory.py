@@ -296,6 +296,7 @@ class FramesMemory(ModelMemory):
         self.frames = self.page_count  # that it may hold
         self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
+        self._arranged_frames = 0
         self._mappings = 0  # as of then
         self._lock = threading.RLock()  # others have a model give frames up while it runs
 
@@ -342,6 +343,7 @@ class FramesMemory(ModelMemory):
                     self.plan = None
                     return
                 self._arranged = arranged
+                self._arranged_frames = arranged[0].count(None) + plan.ring
                 self._mappings = self.region_core.mappings
             self.plan = plan
             self.tier.expect([page for page, _ in plan.loads])
@@ -369,13 +371,12 @@ class FramesMemory(ModelMemory):
     def settle(self) -> bool:
         if self._arranged is None:
             return False
-        slots, ring = self._arranged
         held = self.frames_held
-        if held < slots.count(None) + ring:
+        if held < self._arranged_frames:
             self.frames = held
             return True
         hard_cap = self.pager.hard_cap
-        if ring == 0 or hard_cap is None:
+        if hard_cap is None or self.fits():
             return False
         hard_cap.free_idle()
         free = self.pager.budget.available // self.pager.page_size

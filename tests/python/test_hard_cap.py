@@ -148,6 +148,8 @@ def test_idle_models_go_before_residents_of_one_in_use(shared: HardCap) -> None:
 def test_cap_is_shared_and_cannot_be_given_twice(shared: HardCap) -> None:
     with pytest.raises(ValueError, match="leave the cap out"):
         penstock.MemoryManager(cap="1MiB")
+    with pytest.raises(ValueError, match='pager="frames"'):
+        penstock.MemoryManager(pager="managed")
     manager, _ = register(2)
     assert manager.stats().cap == shared.pager.cap == 20 * PAGE
 

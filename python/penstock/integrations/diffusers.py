@@ -45,7 +45,7 @@ _OFFLOADING = (
 
 def load(
     directory: str | os.PathLike[str],
-    cap: int | str,
+    cap: int | str | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | _core.Device = "auto",

@@ -35,7 +35,7 @@ _OLDEST = [5, 20]
 
 def load(
     directory: str | os.PathLike[str],
-    cap: int | str,
+    cap: int | str | None = None,
     *,
     dtype: torch.dtype | None = None,
     config: PreTrainedConfig | None = None,
