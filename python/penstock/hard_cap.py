@@ -65,6 +65,7 @@ class HardCap:
         self._idle: deque[int] = deque(maxlen=_PASSES)
         self.pager.hard_cap = self
         self.managers: WeakSet[MemoryManager] = WeakSet()
+        _ = self.pager.link_rate  # measured now, while there is room for that
 
     def _watch_outside(self, reserve: int | str | None) -> _core.OutsideWatch | None:
         if self.pager.core_device.process_memory() is None:

@@ -306,6 +306,18 @@ def test_weights_give_way_to_what_grows_outside(monkeypatch: pytest.MonkeyPatch)
     assert device.suppressed_count == 0
 
 
+def test_measuring_the_link_is_charged_and_not_taken_for_memory_outside() -> None:
+    device, cap = with_outside(3 * PAGE, cap=40 * PAGE, reserve=0)
+    created = device.calls()["frame_create"]
+    peaks = cap.pager.budget.stats().peak_by_tag
+    assert peaks["workspace"] == 16 * PAGE
+    assert peaks["outside"] == 3 * PAGE
+    assert cap.pager.budget.stats().used_by_tag["workspace"] == 0
+    rate = penstock.Pager(cap=cap.pager, kind="frames").link_rate
+    assert rate == cap.pager.link_rate
+    assert device.calls()["frame_create"] == created
+
+
 def test_tables_of_pinned_memory_are_not_counted_twice() -> None:
     device, cap = with_outside(PAGE, reserve=0)
     device.set_outside(2 * PAGE, True)
