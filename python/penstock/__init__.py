@@ -10,16 +10,20 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
+from penstock.figures import CapStats, Holder, memory_stats, memory_summary, record_stacks
 from penstock.hard_cap import set_cap
 from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
+from penstock.pressure import PressureEvent, PressureHandle, on_pressure
 from penstock.stats import ManagerStats, ModelStats
 
 __all__ = [
     "CapExceededError",
+    "CapStats",
     "CheckpointError",
     "DeviceError",
+    "Holder",
     "ManagerStats",
     "MemoryManager",
     "ModelError",
@@ -27,11 +31,17 @@ __all__ = [
     "Pager",
     "ParameterMovedWarning",
     "PenstockError",
+    "PressureEvent",
+    "PressureHandle",
     "Region",
     "ScheduleError",
     "__version__",
     "manager_of",
+    "memory_stats",
+    "memory_summary",
     "offload",
+    "on_pressure",
+    "record_stacks",
     "restore",
     "set_cap",
 ]

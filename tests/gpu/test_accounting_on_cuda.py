@@ -149,3 +149,52 @@ def test_looks_cost_nothing_that_one_would_notice() -> None:
     print(f"with looks {watched:.4f} s, without {alone:.4f} s")
     assert watched < 1.1 * alone
     """)
+
+
+def test_figures_add_up_and_name_who_made_a_block() -> None:
+    run("""
+    penstock.set_cap("6GiB")
+
+    def make_it():
+        return torch.zeros(300 * MIB, dtype=torch.uint8, device="cuda")
+
+    penstock.record_stacks()
+    kept = make_it()
+    stats = penstock.memory_stats()
+    parts = ("weights", "ring", "activations", "cached", "workspace", "outside", "reserve")
+    assert sum(getattr(stats, part) for part in parts) == stats.used <= stats.cap
+    assert stats.largest[0].nbytes == 300 * MIB
+    assert stats.largest[0].address == kept.data_ptr()
+    assert "make_it" in stats.largest[0].stack[0]
+    try:
+        torch.empty(6 << 30, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError as error:
+        assert "make_it" in str(error), error
+    else:
+        raise AssertionError("it does not fit")
+    assert penstock.memory_stats().out_of_memory == 1
+    penstock.record_stacks(False)
+    print(penstock.memory_summary())
+    """)
+
+
+def test_pressure_is_told_off_the_allocating_thread() -> None:
+    run("""
+    import threading
+
+    penstock.set_cap("6GiB")
+    x = torch.zeros(16, device="cuda")
+    told = []
+    handle = penstock.on_pressure(lambda event: told.append((event, threading.current_thread())))
+    try:
+        torch.empty(6 << 30, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        pass
+    end = time.monotonic() + 30
+    while not told and time.monotonic() < end:
+        time.sleep(0.001)
+    assert told[-1][0].kind == "refused"
+    assert told[-1][0].asked == 6 << 30
+    assert told[-1][1] is not threading.main_thread()
+    handle.remove()
+    """)
