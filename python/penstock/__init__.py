@@ -16,11 +16,13 @@ from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
 from penstock.pressure import PressureEvent, PressureHandle, on_pressure
+from penstock.scoped import CappedScope, capped
 from penstock.stats import ManagerStats, ModelStats
 
 __all__ = [
     "CapExceededError",
     "CapStats",
+    "CappedScope",
     "CheckpointError",
     "DeviceError",
     "Holder",
@@ -36,6 +38,7 @@ __all__ = [
     "Region",
     "ScheduleError",
     "__version__",
+    "capped",
     "manager_of",
     "memory_stats",
     "memory_summary",

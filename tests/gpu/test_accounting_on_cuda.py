@@ -198,3 +198,36 @@ def test_pressure_is_told_off_the_allocating_thread() -> None:
     assert told[-1][1] is not threading.main_thread()
     handle.remove()
     """)
+
+
+def test_scoped_cap_refuses_beyond_it_and_leaves_the_rest_alone() -> None:
+    run("""
+    free = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")  # torch's own allocator
+    with penstock.capped("512MiB") as scope:
+        a = torch.zeros(300 * MIB, dtype=torch.uint8, device="cuda")
+        assert 300 * MIB <= scope.used <= scope.cap == 512 * MIB
+        try:
+            torch.zeros(300 * MIB, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            raise AssertionError("it does not fit")
+        try:
+            with penstock.capped("1GiB"):
+                pass
+        except ValueError as error:
+            assert "active" in str(error)
+        else:
+            raise AssertionError("two at once")
+        b = a[:MIB] + 1
+        torch.cuda.synchronize()
+        assert int(b[-1]) == 1
+        del a
+    big = torch.empty(2048 * MIB, dtype=torch.uint8, device="cuda")  # not capped any more
+    assert scope.peak <= 512 * MIB
+    del b
+    torch.cuda.empty_cache()
+    assert scope.used == 0, scope.used
+    with penstock.capped("64MiB"):
+        torch.zeros(8 * MIB, dtype=torch.uint8, device="cuda")
+    """)
