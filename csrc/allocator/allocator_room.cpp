@@ -152,6 +152,15 @@ std::size_t CachingAllocator::reclaim(Lock& lock, std::size_t count, const Growt
   return frames.size() - had;
 }
 
+bool CachingAllocator::make_room(std::size_t requested, std::size_t count) {
+  const std::size_t before = pool_->budget().available();
+  const bool made = pool_->make_room(count * parts_.frame_size, this);
+  const BudgetStats ledger = pool_->budget().stats();
+  const std::size_t after = ledger.cap - ledger.used;
+  if (after > before) pressure_.note_room(requested, ledger, after - before);
+  return made;
+}
+
 bool CachingAllocator::wait_for_held(Lock& lock) {
   const std::vector<Event> events = held_.pending();
   if (events.empty()) return false;

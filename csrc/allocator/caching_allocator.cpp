@@ -140,6 +140,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     if (nbytes > pool_->budget().cap()) break;
     const Growth growth = heap.plan(nbytes);
     if (take_frames(growth.frames, frames)) {
+      if (pressure_.listening()) pressure_.note_use(requested, pool_->budget().stats());
       return hand_out(growth.arena->grow(growth, frames), requested);
     }
     if (last) break;
@@ -153,11 +154,12 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     const std::size_t missing = growth.frames - frames.size();
     if (reclaim(lock, missing, &growth, frames) > 0 || wait_for_held(lock)) continue;
     lock.unlock();
-    last = !pool_->make_room(missing * parts_.frame_size, this);
+    last = !make_room(requested, missing);
     lock.lock();
   }
   frames.clear();  // so that the numbers are without them
   ++parts_.stats.num_ooms;
+  if (pressure_.listening()) pressure_.note_refusal(requested, pool_->budget().stats());
   throw refusal(requested);
 }
 

@@ -38,6 +38,7 @@
 #include "allocator/arena.hpp"
 #include "allocator/heap.hpp"
 #include "allocator/hold_back.hpp"
+#include "allocator/pressure_log.hpp"
 #include "allocator/pressure_turn.hpp"
 #include "error/error.hpp"
 #include "frame_pool/frame_pool.hpp"
@@ -108,6 +109,8 @@ class CachingAllocator : public RoomSource {
   std::optional<LiveBlock> find_block(const void* address) const;
 
   const std::shared_ptr<FramePool>& pool() const noexcept { return pool_; }
+  /// What happened where memory was short; for as long as the allocator lives.
+  PressureLog& pressure() noexcept { return pressure_; }
 
  private:
   using Lock = std::unique_lock<std::mutex>;
@@ -143,6 +146,7 @@ class CachingAllocator : public RoomSource {
   std::vector<CachedRun> find_cached(const Growth* kept);
   void wait_until_unused(Lock& lock, const std::vector<Block*>& leaving);
   bool wait_for_held(Lock& lock);
+  bool make_room(std::size_t requested, std::size_t count);  // without the lock
   void wait_quietly(const Event& event);
   void drop_empty_pools();
   std::size_t give_frames(std::size_t count);
@@ -151,6 +155,7 @@ class CachingAllocator : public RoomSource {
   std::shared_ptr<Device> device_;
   std::array<std::size_t, 2> arena_bytes_;
   PressureTurn turn_;
+  PressureLog pressure_;
   EventPool events_;
 
   mutable std::mutex mutex_;

@@ -1,6 +1,9 @@
+#include <pybind11/chrono.h>
+#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <optional>
 #include <string>
@@ -77,6 +80,20 @@ void bind_allocator(py::module_& module) {
         return PoolPair(block.pool.first, block.pool.second);
       });
 
+  py::native_enum<PressureKind>(module, "PressureKind", "enum.Enum", "What memory was short for.")
+      .value("near", PressureKind::kNear)
+      .value("made_room", PressureKind::kMadeRoom)
+      .value("refused", PressureKind::kRefused)
+      .finalize();
+
+  py::class_<PressureEvent>(module, "PressureEvent", "Memory was short; sizes in bytes.")
+      .def_readonly("kind", &PressureEvent::kind)
+      .def_readonly("asked", &PressureEvent::asked)
+      .def_readonly("cap", &PressureEvent::cap)
+      .def_readonly("used", &PressureEvent::used)
+      .def_readonly("available", &PressureEvent::available)
+      .def_readonly("given", &PressureEvent::given);
+
   py::class_<CachingAllocator, std::shared_ptr<CachingAllocator>>(
       module, "CachingAllocator",
       "Gives out device memory of frames under the cap, in the order of streams. Thread-safe.")
@@ -127,6 +144,30 @@ void bind_allocator(py::module_& module) {
       .def("stats", &stats, without_gil, "Read the figures of torch.cuda.memory_stats.")
       .def("reset_peak_stats", &CachingAllocator::reset_peak_stats, without_gil)
       .def("reset_accumulated_stats", &CachingAllocator::reset_accumulated_stats, without_gil)
+      .def(
+          "listen_for_pressure",
+          [](CachingAllocator& allocator, bool listening) {
+            allocator.pressure().set_listening(listening);
+          },
+          py::arg("listening"), "Say whether events are to be kept for take_pressure.")
+      .def(
+          "take_pressure",
+          [](CachingAllocator& allocator, std::chrono::milliseconds limit) {
+            return allocator.pressure().take(limit);
+          },
+          py::arg("limit"), without_gil,
+          "Take the events so far, waiting for one up to a time limit.")
+      .def(
+          "wake_listener", [](CachingAllocator& allocator) { allocator.pressure().wake(); },
+          "Have take_pressure return.")
+      .def_property_readonly(
+          "dropped_events",
+          [](CachingAllocator& allocator) { return allocator.pressure().dropped(); },
+          "Events for which there was no room.")
+      .def_property_readonly(
+          "given_bytes",
+          [](CachingAllocator& allocator) { return allocator.pressure().given_bytes(); },
+          "Bytes that others gave for requests.")
       .def("live_blocks", &CachingAllocator::live_blocks, without_gil,
            "List the blocks that somebody has, the oldest first.");
 

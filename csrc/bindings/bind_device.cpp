@@ -36,9 +36,16 @@ void bind_device(py::module_& module) {
       .def_readonly("free_bytes", &MemoryInfo::free_bytes)
       .def_readonly("total_bytes", &MemoryInfo::total_bytes);
 
+  py::class_<ProcessMemory>(module, "ProcessMemory",
+                            "What this process holds on a device, in bytes.")
+      .def_readonly("bytes", &ProcessMemory::bytes)
+      .def_readonly("whole_device", &ProcessMemory::whole_device);
+
   py::class_<Device, std::shared_ptr<Device>>(module, "Device", "A device; see open_device.")
       .def("info", &Device::info)
       .def("memory_info", &Device::memory_info, without_gil)
+      .def("process_memory", &Device::process_memory, without_gil,
+           "Read what this process holds on the device; None where nobody can tell.")
       .def_property_readonly("suppressed_count", &Device::suppressed_count,
                              "Failures where nothing could be raised.")
       .def_property_readonly("last_suppressed", &Device::last_suppressed);
@@ -53,6 +60,9 @@ void bind_device(py::module_& module) {
       .def("fail_nth_call", &FaultyDevice::fail_nth_call, py::arg("nth"))
       .def("fail_nth_call_of", &FaultyDevice::fail_nth_call_of, py::arg("name"), py::arg("nth"))
       .def("delay_calls_of", &FaultyDevice::delay_calls_of, py::arg("name"), py::arg("delay"))
+      .def("set_outside", &FaultyDevice::set_outside, py::arg("nbytes"),
+           py::arg("whole_device") = false,
+           "Have the process hold so much beside its frames; None for what the device says.")
       .def("reset", &FaultyDevice::reset)
       .def("calls", &FaultyDevice::calls)
       .def_property_readonly("fired", &FaultyDevice::fired);

@@ -34,6 +34,7 @@ void bind_host_tier(pybind11::module_& module);
 void bind_pager(pybind11::module_& module);
 void bind_frames(pybind11::module_& module);
 void bind_allocator(pybind11::module_& module);
+void bind_outside(pybind11::module_& module);
 void bind_streamer(pybind11::module_& module);
 void bind_loader(pybind11::module_& module);
 

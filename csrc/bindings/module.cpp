@@ -13,5 +13,6 @@ PYBIND11_MODULE(_core, module) {
   penstock::bind_pager(module);
   penstock::bind_frames(module);
   penstock::bind_allocator(module);
+  penstock::bind_outside(module);
   penstock::bind_streamer(module);
 }

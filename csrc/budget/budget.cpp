@@ -39,6 +39,7 @@ void Budget::add(Tag tag, std::size_t nbytes) {
   const auto i = static_cast<std::size_t>(tag);
   stats_.used += nbytes;
   stats_.used_by_tag[i] += nbytes;
+  ++stats_.version;
   stats_.peak = std::max(stats_.peak, stats_.used);
   stats_.peak_by_tag[i] = std::max(stats_.peak_by_tag[i], stats_.used_by_tag[i]);
 }
@@ -72,6 +73,13 @@ void Budget::charge(Tag tag, std::size_t nbytes) {
   add(tag, nbytes);
 }
 
+std::size_t Budget::charge_up_to(Tag tag, std::size_t nbytes) {
+  const std::lock_guard lock(mutex_);
+  const std::size_t fitting = std::min(nbytes, stats_.cap - stats_.used);
+  if (fitting > 0) add(tag, fitting);
+  return fitting;
+}
+
 void Budget::release(Tag tag, std::size_t nbytes) {
   {
     const std::lock_guard lock(mutex_);
@@ -82,6 +90,7 @@ void Budget::release(Tag tag, std::size_t nbytes) {
     }
     stats_.used -= nbytes;
     stats_.used_by_tag[i] -= nbytes;
+    ++stats_.version;
   }
   released_.notify_all();
 }

@@ -30,7 +30,9 @@ struct BudgetStats {
   std::size_t peak = 0;  ///< Largest `used` since the last reset.
   std::array<std::size_t, kTagCount> used_by_tag{};
   std::array<std::size_t, kTagCount> peak_by_tag{};
-  std::uint64_t refused = 0;  ///< Charges that did not fit (waits that gave up too).
+  std::uint64_t refused = 0;     ///< Charges that did not fit (waits that gave up too).
+  std::uint64_t version = 0;     ///< Grows with each charge and each release.
+  std::uint32_t in_transit = 0;  ///< Who is about to make charged bytes real, or to release them.
 };
 
 class Budget {
@@ -50,6 +52,9 @@ class Budget {
   /// Charges `nbytes`. @throws CapExceededError with the ledger's figures where they do not fit.
   void charge(Tag tag, std::size_t nbytes);
 
+  /// Charges as much of `nbytes` as fits. @return what was charged.
+  std::size_t charge_up_to(Tag tag, std::size_t nbytes);
+
   /// Gives back `nbytes` of `tag`. @throws std::logic_error if the tag holds less.
   void release(Tag tag, std::size_t nbytes);
 
@@ -62,6 +67,7 @@ class Budget {
   void reset_peaks();  ///< Peaks start again from what is in use now.
 
  private:
+  friend class InTransit;
   bool fits(std::size_t nbytes) const { return nbytes <= stats_.cap - stats_.used; }
   void add(Tag tag, std::size_t nbytes);
 
@@ -88,6 +94,26 @@ class ScopedCharge {
   Budget* budget_;
   Tag tag_;
   std::size_t nbytes_;
+};
+
+/// Says, for as long as it lives, that the device and the ledger may differ: from before a charge
+/// until the device holds the bytes, and from before the device lets go until they are released.
+/// Who compares the two leaves such a moment out.
+class InTransit {
+ public:
+  explicit InTransit(Budget& budget) : budget_(budget) {
+    const std::lock_guard lock(budget_.mutex_);
+    ++budget_.stats_.in_transit;
+  }
+  ~InTransit() {
+    const std::lock_guard lock(budget_.mutex_);
+    --budget_.stats_.in_transit;
+  }
+  InTransit(const InTransit&) = delete;
+  InTransit& operator=(const InTransit&) = delete;
+
+ private:
+  Budget& budget_;
 };
 
 }  // namespace penstock

@@ -4,6 +4,7 @@
 
 #include "device/cuda_api.hpp"
 #include "device/file.hpp"
+#include "device/handles.hpp"
 #include "error/error.hpp"
 
 namespace penstock {
@@ -73,7 +74,7 @@ std::string CudaDevice::unavailable_reason() {
   return devices > 0 ? "" : "no CUDA device is visible to this process";
 }
 
-CudaDevice::CudaDevice(int ordinal) {
+CudaDevice::CudaDevice(int ordinal) : usage_(ordinal) {
   const SelectDevice selected(ordinal);
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
@@ -97,6 +98,14 @@ MemoryInfo CudaDevice::memory_info() {
   MemoryInfo info;
   check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "cudaMemGetInfo");
   return info;
+}
+
+std::optional<ProcessMemory> CudaDevice::process_memory() {
+  if (const auto held = usage_.read()) return held;
+  // Nothing is known of the time before the context, so all that is taken counts as ours.
+  const RelaxedCapture relaxed(*this);
+  const MemoryInfo info = memory_info();
+  return ProcessMemory{info.total_bytes - info.free_bytes, true};
 }
 
 void CudaDevice::synchronize() {

@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "device/cuda_usage.hpp"
 #include "device/device.hpp"
 
 namespace penstock {
@@ -25,6 +26,7 @@ class CudaDevice : public Device {
 
   DeviceInfo info() const override { return info_; }
   MemoryInfo memory_info() override;
+  std::optional<ProcessMemory> process_memory() override;
   void synchronize() override;
 
   StreamHandle stream_create() override;
@@ -66,6 +68,7 @@ class CudaDevice : public Device {
   void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) override;
 
  private:
+  CudaUsage usage_;  // first: it looks before there is a context
   DeviceInfo info_;
 };
 

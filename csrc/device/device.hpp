@@ -77,6 +77,12 @@ struct MemoryInfo {
   std::size_t total_bytes = 0;
 };
 
+/// What a process holds on a device, in bytes: its context, loaded kernels, what libraries take.
+struct ProcessMemory {
+  std::size_t bytes = 0;
+  bool whole_device = false;  ///< It could not be singled out: what others take counts as ours.
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -86,6 +92,8 @@ class Device {
 
   virtual DeviceInfo info() const = 0;
   virtual MemoryInfo memory_info() = 0;
+  /// What this process holds on the device, whoever asked for it; none where nobody can tell.
+  virtual std::optional<ProcessMemory> process_memory() = 0;
 
   /// Blocks the caller until all work given to the device so far is over, also of streams that are
   /// not known any more. Not for while a stream captures. @throws what work threw, where that is

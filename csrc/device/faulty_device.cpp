@@ -25,6 +25,12 @@ void FaultyDevice::delay_calls_of(const std::string& name, std::chrono::microsec
   delays_[name] = delay;
 }
 
+void FaultyDevice::set_outside(std::optional<std::size_t> nbytes, bool whole_device) {
+  const std::lock_guard lock(mutex_);
+  outside_.reset();
+  if (nbytes) outside_ = ProcessMemory{*nbytes, whole_device};
+}
+
 void FaultyDevice::reset() {
   const std::lock_guard lock(mutex_);
   calls_.clear();
@@ -63,6 +69,14 @@ void FaultyDevice::enter(const char* name) {
 MemoryInfo FaultyDevice::memory_info() {
   enter("memory_info");
   return inner_->memory_info();
+}
+std::optional<ProcessMemory> FaultyDevice::process_memory() {
+  enter("process_memory");
+  const std::lock_guard lock(mutex_);
+  if (!outside_) return inner_->process_memory();
+  ProcessMemory held = *outside_;
+  for (const auto& [frame, nbytes] : frames_) held.bytes += nbytes;
+  return held;
 }
 void FaultyDevice::synchronize() {
   enter("synchronize");
@@ -159,10 +173,17 @@ void FaultyDevice::address_release(void* address, std::size_t nbytes) {
 }
 FrameHandle FaultyDevice::frame_create(std::size_t nbytes) {
   enter("frame_create");
-  return inner_->frame_create(nbytes);
+  const FrameHandle frame = inner_->frame_create(nbytes);
+  const std::lock_guard lock(mutex_);
+  frames_[frame.value] = nbytes;
+  return frame;
 }
 void FaultyDevice::frame_release(FrameHandle frame) {
   inner_->frame_release(frame);
+  {
+    const std::lock_guard lock(mutex_);
+    frames_.erase(frame.value);
+  }
   enter("frame_release");
 }
 void FaultyDevice::map(void* address, FrameHandle frame, std::size_t nbytes) {

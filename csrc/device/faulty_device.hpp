@@ -1,7 +1,9 @@
 // A device around another one that fails or delays calls on demand: how tests show that every error
 // path leaves the ledger balanced and the manager usable, and how races are provoked. Calls are
 // named as in Device ("managed_prefetch") and counted. A failing call is not passed on, but for
-// those that give a handle back: these pass it on first, so that a test leaks nothing. Thread-safe.
+// those that give a handle back: these pass it on first, so that a test leaks nothing. On request
+// it tells of memory that the process holds beside its frames, which the host device knows nothing
+// of. Thread-safe.
 #pragma once
 
 #include <chrono>
@@ -24,6 +26,9 @@ class FaultyDevice : public Device {
   void fail_nth_call_of(const std::string& name, std::uint64_t nth);
   /// Makes every call of function `name` last `delay` longer.
   void delay_calls_of(const std::string& name, std::chrono::microseconds delay);
+  /// Has process_memory tell `nbytes` more than the frames that were made through this device hold;
+  /// none: what the device inside says.
+  void set_outside(std::optional<std::size_t> nbytes, bool whole_device = false);
   /// Forgets all faults and delays, and counts from zero.
   void reset();
   std::map<std::string, std::uint64_t> calls() const;
@@ -32,6 +37,7 @@ class FaultyDevice : public Device {
 
   DeviceInfo info() const override { return inner_->info(); }
   MemoryInfo memory_info() override;
+  std::optional<ProcessMemory> process_memory() override;
   void synchronize() override;
   StreamHandle stream_create() override;
   void stream_destroy(StreamHandle stream) override;
@@ -78,6 +84,8 @@ class FaultyDevice : public Device {
   std::string failing_name_;           // empty: any function
   std::optional<std::uint64_t> left_;  // calls before the one that fails
   bool fired_ = false;
+  std::map<std::uint64_t, std::size_t> frames_;  // bytes of each
+  std::optional<ProcessMemory> outside_;
 };
 
 }  // namespace penstock

@@ -73,6 +73,10 @@ MemoryInfo HostDevice::memory_info() {
   return info;
 }
 
+std::optional<ProcessMemory> HostDevice::process_memory() {
+  return std::nullopt;  // the process lives in the same memory
+}
+
 void HostDevice::synchronize() {
   std::vector<std::shared_ptr<Completion>> ends;
   {

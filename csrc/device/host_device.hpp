@@ -22,6 +22,7 @@ class HostDevice : public Device {
 
   DeviceInfo info() const override;
   MemoryInfo memory_info() override;
+  std::optional<ProcessMemory> process_memory() override;
   void synchronize() override;
 
   StreamHandle stream_create() override;

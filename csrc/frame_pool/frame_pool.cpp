@@ -28,13 +28,20 @@ Frame::~Frame() {
 
 void Frame::release() noexcept {
   if (!pool_) return;
+  {
+    const InTransit leaving(*pool_->budget_);
+    give_back();
+  }
+  pool_.reset();
+}
+
+void Frame::give_back() noexcept {
   try {
     pool_->device_->frame_release(handle_);
   } catch (const std::exception& error) {
     pool_->device_->suppress(error.what());
   }
   pool_->budget_->release(tag_, pool_->frame_size_);
-  pool_.reset();
 }
 
 std::shared_ptr<FramePool> FramePool::create(std::shared_ptr<Device> device,
@@ -63,6 +70,7 @@ FramePool::FramePool(std::shared_ptr<Device> device, std::shared_ptr<Budget> bud
 }
 
 std::optional<Frame> FramePool::try_take(Tag tag) const {
+  const InTransit coming(*budget_);
   if (!budget_->try_charge(tag, frame_size_)) return std::nullopt;
   ScopedCharge charge(*budget_, tag, frame_size_);
   const FrameHandle handle = device_->frame_create(frame_size_);

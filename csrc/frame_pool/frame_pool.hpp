@@ -33,6 +33,7 @@ class Frame {
   friend class FramePool;
   Frame(std::shared_ptr<const FramePool> pool, FrameHandle handle, Tag tag) noexcept;
   void release() noexcept;
+  void give_back() noexcept;
 
   std::shared_ptr<const FramePool> pool_;
   FrameHandle handle_;

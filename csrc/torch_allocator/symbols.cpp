@@ -87,6 +87,24 @@ void* penstock_malloc(std::size_t size, int device, void* stream) {
   throw std::runtime_error(message);
 }
 
+void* penstock_pool_malloc(std::size_t size, int device, void* stream) {
+  void* address = nullptr;
+  quietly(device, [&](CachingAllocator& allocator) {
+    try {
+      address = allocator.allocate(size, {stream});
+    } catch (const CapExceededError&) {  // torch tells
+    }
+  });
+  return address;
+}
+
+void penstock_pool_free(void* address, std::size_t /*size*/, int device, void* /*stream*/) {
+  quietly(device, [&](CachingAllocator& allocator) {
+    allocator.free(address);
+    allocator.empty_cache();
+  });
+}
+
 void penstock_free(void* address, std::size_t /*size*/, int device, void* /*stream*/) {
   quietly(device, [&](CachingAllocator& allocator) { allocator.free(address); });
 }

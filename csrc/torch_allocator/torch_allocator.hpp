@@ -51,6 +51,10 @@ using PenstockStreamFilter = std::function<bool(void*)>;  // as it is with cudaS
 
 /// Memory on `device` for work of `stream`; null for no bytes.
 PENSTOCK_EXPORT void* penstock_malloc(std::size_t size, int device, void* stream);
+/// The same for torch.cuda.MemPool, which looks for null and makes an error of its own of it, and
+/// which caches itself: what is freed leaves its frames at once.
+PENSTOCK_EXPORT void* penstock_pool_malloc(std::size_t size, int device, void* stream);
+PENSTOCK_EXPORT void penstock_pool_free(void* address, std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_free(void* address, std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_record_stream(void* address, void* stream);
 /// Gives back cached frames of all devices.

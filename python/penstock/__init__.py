@@ -10,6 +10,7 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
+from penstock.figures import CapStats, Holder, memory_stats, memory_summary, record_stacks
 from penstock.hard_cap import set_cap
 from penstock.kernels import Kernel
 from penstock.lazy import LazyModule
@@ -17,15 +18,20 @@ from penstock.manager import MemoryManager
 from penstock.offload import manager_of, offload, restore
 from penstock.pager import Pager, Region
 from penstock.policy import Candidate, FarthestUse, Policy, Priority
+from penstock.pressure import PressureEvent, PressureHandle, on_pressure
 from penstock.residency import NothingToKeepWarning
+from penstock.scoped import CappedScope, capped
 from penstock.stats import ManagerStats, ModelStats
 
 __all__ = [
     "Candidate",
     "CapExceededError",
+    "CapStats",
+    "CappedScope",
     "CheckpointError",
     "DeviceError",
     "FarthestUse",
+    "Holder",
     "Kernel",
     "LazyModule",
     "ManagerStats",
@@ -37,12 +43,19 @@ __all__ = [
     "ParameterMovedWarning",
     "PenstockError",
     "Policy",
+    "PressureEvent",
+    "PressureHandle",
     "Priority",
     "Region",
     "ScheduleError",
     "__version__",
+    "capped",
     "manager_of",
+    "memory_stats",
+    "memory_summary",
     "offload",
+    "on_pressure",
+    "record_stacks",
     "restore",
     "set_cap",
 ]

@@ -3,14 +3,16 @@
 `set_cap` puts an allocator of Penstock's under torch, on the same frames that weights stream
 through. Before it refuses a request it makes room: cached frames first, then weights of models that
 nobody uses, then residents by next use, then frames of the ring down to what a step needs. Managers
-made without a cap of their own share what is left.
+made without a cap of their own share what is left. What the process holds beyond the ledger (the
+CUDA context, kernels, libraries that ask the driver themselves) is watched and charged as well.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 
@@ -27,6 +29,9 @@ __all__ = ["HardCap", "current_cap", "set_cap"]
 
 _FRAME_SIZE = 2 << 20  # small, since one live block keeps a whole frame from everybody else
 _PASSES = 8  # for which memory has to be idle before weights may have it
+_RESERVE = 64 << 20  # bytes for what grows outside of the ledger between two looks
+_LEAST_PART = 64  # of the cap: one in so many is the reserve where that is less
+_LOOK = timedelta(seconds=10)  # the longest to wait for a look
 
 
 class HardCap:
@@ -38,6 +43,13 @@ class HardCap:
         Bytes, or a text such as `"8GiB"`.
     page_size
         Bytes of a frame; see `Pager`.
+    reserve
+        Bytes to charge beyond what the process holds outside of the ledger; see `set_cap`.
+
+    Raises
+    ------
+    CapExceededError
+        If what the process holds already and the reserve do not fit.
     """
 
     def __init__(
@@ -46,14 +58,63 @@ class HardCap:
         *,
         device: str | torch.device | _core.Device = "cuda",
         page_size: int | str | None = None,
+        reserve: int | str | None = None,
     ) -> None:
         self.pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
         granularity = self.pager.core_device.info().frame_granularity
         frame_size = min(self.pager.page_size, max(granularity, _FRAME_SIZE))
         self.allocator = _core.CachingAllocator(self.pager.frames.beside(frame_size))
+        self.watch = self._watch_outside(reserve)
         self._idle: deque[int] = deque(maxlen=_PASSES)
         self.pager.hard_cap = self
         self.managers: WeakSet[MemoryManager] = WeakSet()
+        _ = self.pager.link_rate  # measured now, while there is room for that
+
+    def _watch_outside(self, reserve: int | str | None) -> _core.OutsideWatch | None:
+        if self.pager.core_device.process_memory() is None:
+            return None
+        nbytes = min(_RESERVE, self.pager.cap // _LEAST_PART)
+        if reserve is not None:
+            nbytes = _parse_reserve(reserve)
+        watch = _core.OutsideWatch(self.pager.frames, nbytes)
+        finalize(self, watch.stop)  # at the latest when the interpreter ends
+        return watch
+
+    def set_reserve(self, reserve: int | str) -> None:
+        """Change what is charged beyond what the process holds outside of the ledger."""
+        if self.watch is not None:
+            self.watch.set_reserve(_parse_reserve(reserve))
+            self.watch.look(_LOOK)
+
+    def count_page_tables(self) -> bool:
+        """Charge the tables of pinned memory, where they are seen as memory outside of the ledger.
+
+        Returns
+        -------
+        bool
+            Whether they are; if not, they have to be charged by themselves.
+
+        Raises
+        ------
+        CapExceededError
+            If they do not fit.
+        """
+        if self.watch is None or not self.watch.stats().whole_device:
+            return False
+        self.watch.look(_LOOK)
+        outside = self.watch.stats()
+        if outside.charged < outside.held:
+            ledger = self.pager.budget.stats()
+            raise CapExceededError(
+                f"{format_bytes(outside.held)} are held outside of the ledger, tables of pinned "
+                f"memory included, and only {format_bytes(outside.charged)} of that fit under the "
+                f"cap of {format_bytes(ledger.cap)}. Raise the cap, or give the model another "
+                'host tier than "pinned".',
+                requested=outside.held - outside.charged,
+                cap=ledger.cap,
+                used=ledger.used,
+            )
+        return True
 
     def set_cap(self, cap: int | str) -> None:
         """Change the cap, making room if need be.
@@ -107,13 +168,24 @@ class HardCap:
         return budget.available >= needed
 
 
+def _parse_reserve(reserve: int | str) -> int:
+    return 0 if reserve == 0 else parse_bytes(reserve)
+
+
 _caps: dict[int, HardCap] = {}  # by ordinal; the one piece of state of the process
 
 
 def set_cap(
-    cap: int | str, *, device: str | torch.device = "cuda", page_size: int | str | None = None
+    cap: int | str,
+    *,
+    device: str | torch.device = "cuda",
+    page_size: int | str | None = None,
+    reserve: int | str | None = None,
 ) -> None:
     """Cap what this process holds of a GPU, all that torch allocates included.
+
+    So is what nobody asks Penstock for: the CUDA context, loaded kernels, libraries with memory of
+    their own. It is measured every ten milliseconds, and charged under the tag `outside`.
 
     The first call puts Penstock's allocator under torch, and has to come before torch's first use
     of CUDA. Later calls change the cap. A request that does not fit makes room by evicting weights,
@@ -127,13 +199,17 @@ def set_cap(
         `"cuda"` or `"cuda:N"`.
     page_size
         Bytes of a frame; see `Pager`. Only with the first call.
+    reserve
+        Bytes to charge beyond what is measured: so much may such memory grow between two looks
+        without crossing the cap. If omitted, 64 MiB, or a 64th of the cap where that is less.
 
     Raises
     ------
     DeviceError
         If there is no such GPU, or torch has allocated on a GPU already.
     CapExceededError
-        If the cap is lowered below what is in use.
+        If the cap is lowered below what is in use, or has no room for what the process holds
+        already and the reserve.
     """
     known = current_cap(device)
     if known is not None:
@@ -143,6 +219,8 @@ def set_cap(
                 "first call"
             )
         known.set_cap(cap)
+        if reserve is not None:
+            known.set_reserve(reserve)
         return
     where = torch.device(device)
     if where.type != "cuda" or not torch.cuda.is_available():
@@ -159,7 +237,7 @@ def set_cap(
             call="set_cap",
             code=0,
         )
-    hard_cap = HardCap(cap, device=device, page_size=page_size)
+    hard_cap = HardCap(cap, device=device, page_size=page_size, reserve=reserve)
     ordinal = hard_cap.pager.core_device.info().ordinal
     hook_torch(ordinal, hard_cap.allocator)
     _caps[ordinal] = hard_cap

@@ -308,6 +308,8 @@ class FramesMemory(ModelMemory):
 
     def _charge_page_tables(self) -> int:
         """Charge what the driver takes on the device to address pinned host memory."""
+        if self.pager.hard_cap is not None and self.pager.hard_cap.count_page_tables():
+            return 0
         if self.pager.device.type != "cuda":
             return 0
         held = self.tier.stats()

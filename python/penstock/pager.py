@@ -247,9 +247,23 @@ class Pager:
     @property
     def link_rate(self) -> float:
         """Bytes per second of copies from pinned memory, measured once."""
+        if self.hard_cap is not None and self.hard_cap.pager is not self:
+            return self.hard_cap.pager.link_rate
         if not self._link_rate:
-            self._link_rate = _core.measure_link_rate(self.core_device, _LINK_SAMPLE)
+            self._link_rate = self._measure_link()
         return self._link_rate
+
+    def _measure_link(self) -> float:
+        if self.hard_cap is None:
+            return _core.measure_link_rate(self.core_device, _LINK_SAMPLE)
+        # What is copied to is charged, or it would be taken for memory outside of the ledger.
+        unit = self.core_device.info().frame_granularity
+        size = min(_LINK_SAMPLE, max(unit, self.budget.available // 2 // unit * unit))
+        self.budget.charge(_core.Tag.workspace, size)
+        try:
+            return _core.measure_link_rate(self.core_device, size)
+        finally:
+            self.budget.release(_core.Tag.workspace, size)
 
     def plan(
         self,

@@ -412,6 +412,16 @@ TEST_P(Frames, BadSizesAreRefused) {
   device_->frame_release(frame);
 }
 
+TEST_P(Frames, ProcessMemoryHasTheFramesInItWhereItIsKnown) {
+  const auto before = device_->process_memory();
+  if (!before) GTEST_SKIP() << "this device cannot tell";
+  EXPECT_GT(before->bytes, 0U);  // a context
+  const std::size_t nbytes = 256 * granularity_;
+  const FrameHandle frame = device_->frame_create(nbytes);
+  EXPECT_GE(device_->process_memory()->bytes, before->bytes + nbytes);
+  device_->frame_release(frame);
+}
+
 // ---- the link ----------------------------------------------------------------------------------
 
 TEST_P(DeviceContract, LinkRateIsThatOfSomeMemory) {

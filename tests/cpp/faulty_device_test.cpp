@@ -67,6 +67,19 @@ TEST_F(FaultyDeviceTest, ResetForgetsTheFault) {
   EXPECT_FALSE(device->fired());
 }
 
+TEST_F(FaultyDeviceTest, TellsOfMemoryBesideItsFrames) {
+  EXPECT_FALSE(device->process_memory());
+  const std::size_t nbytes = device->info().frame_granularity;
+  const FrameHandle frame = device->frame_create(nbytes);
+  device->set_outside(5, true);
+  EXPECT_EQ(device->process_memory()->bytes, nbytes + 5);
+  EXPECT_TRUE(device->process_memory()->whole_device);
+  device->frame_release(frame);
+  EXPECT_EQ(device->process_memory()->bytes, 5U);
+  device->fail_nth_call_of("process_memory", 0);
+  EXPECT_THROW(device->process_memory(), DeviceError);
+}
+
 TEST_F(FaultyDeviceTest, FailedWriteIsNotPassedOn) {
   auto* range = static_cast<unsigned char*>(device->managed_reserve(4096, Access::kReadWrite));
   const Bytes bytes(100, 1);

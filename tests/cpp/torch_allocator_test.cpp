@@ -86,6 +86,19 @@ TEST_F(TorchAllocator, OtherErrorsAreNotTakenForMemoryThatRanOut) {
   }
 }
 
+TEST_F(TorchAllocator, ForAPoolMemoryThatRanOutIsNull) {
+  void* block = penstock_pool_malloc(kFrame, kDevice, nullptr);
+  EXPECT_NE(block, nullptr);
+  EXPECT_EQ(penstock_pool_malloc(4 * kFrame, kDevice, nullptr), nullptr);
+  EXPECT_EQ(setup_.device->suppressed_count(), 0U);
+  EXPECT_EQ(penstock_pool_malloc(100, kDevice + 1, nullptr), nullptr);
+  setup_.device->fail_nth_call_of("map", 0);
+  EXPECT_EQ(penstock_pool_malloc(2 * kFrame, kDevice, nullptr), nullptr);
+  EXPECT_EQ(setup_.device->suppressed_count(), 1U);
+  penstock_pool_free(block, kFrame, kDevice, nullptr);
+  EXPECT_EQ(setup_.used_frames(), 0U);
+}
+
 TEST_F(TorchAllocator, WhatCannotBeFreedIsOnRecord) {
   int other = 0;
   drop(&other);

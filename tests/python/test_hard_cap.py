@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +245,108 @@ def test_cache_that_others_can_write_to_is_not_used(
     (tmp_path / "penstock").chmod(0o777)
     assert out_of_memory.find_thrower() == 0
     assert "others can write" in caplog.text
+
+
+# ---- memory outside of the ledger ---------------------------------------------------------------
+
+
+def with_outside(
+    nbytes: int, *, whole_device: bool = True, cap: int = 20 * PAGE, reserve: int | None = None
+) -> tuple[_core.FaultyDevice, HardCap]:
+    device = _core.FaultyDevice(_core.HostDevice())
+    device.set_outside(nbytes, whole_device)
+    return device, HardCap(cap, device=device, page_size=PAGE, reserve=reserve)
+
+
+def outside_of(cap: HardCap) -> int:
+    return cap.pager.budget.stats().used_by_tag["outside"]
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def test_what_the_process_holds_besides_counts_with_a_reserve() -> None:
+    device, cap = with_outside(3 * PAGE)
+    assert outside_of(cap) == 3 * PAGE + 20 * PAGE // 64
+    device.set_outside(4 * PAGE, True)
+    assert eventually(lambda: outside_of(cap) == 4 * PAGE + 20 * PAGE // 64)
+    cap.set_reserve(0)
+    assert outside_of(cap) == 4 * PAGE
+    assert with_outside(0, cap=1 << 40)[1].pager.budget.stats().used == 64 << 20
+
+
+def test_a_cap_below_what_the_process_holds_is_refused_with_the_numbers() -> None:
+    with pytest.raises(CapExceededError, match=r"1\.31 MiB.*reserve.*1\.25 MiB") as caught:
+        with_outside(21 * PAGE)
+    assert caught.value.cap == 20 * PAGE
+    with pytest.raises(CapExceededError, match="Raise the cap"):
+        with_outside(19 * PAGE, reserve=2 * PAGE)
+
+
+def test_weights_give_way_to_what_grows_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, cap = with_outside(0, reserve=0)
+    monkeypatch.setattr("penstock.manager.current_cap", lambda _: cap)
+    manager, model = register(16)
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad(), manager.use("m") as bound:
+        for _ in range(3):
+            assert same_bits(bound(x), model(x))
+        cap.allocator.allocate(4 * PAGE, 0)
+        assert held(manager) == 16
+        device.set_outside(10 * PAGE)
+        assert eventually(lambda: outside_of(cap) == 10 * PAGE)
+        assert held(manager) <= 6
+        for _ in range(3):
+            assert same_bits(bound(x), model(x))
+        assert manager.stats().peak <= manager.stats().cap
+    assert device.suppressed_count == 0
+
+
+def test_measuring_the_link_is_charged_and_not_taken_for_memory_outside() -> None:
+    device, cap = with_outside(3 * PAGE, cap=40 * PAGE, reserve=0)
+    created = device.calls()["frame_create"]
+    peaks = cap.pager.budget.stats().peak_by_tag
+    assert peaks["workspace"] == 16 * PAGE
+    assert peaks["outside"] == 3 * PAGE
+    assert cap.pager.budget.stats().used_by_tag["workspace"] == 0
+    rate = penstock.Pager(cap=cap.pager, kind="frames").link_rate
+    assert rate == cap.pager.link_rate
+    assert device.calls()["frame_create"] == created
+
+
+def test_tables_of_pinned_memory_are_not_counted_twice() -> None:
+    device, cap = with_outside(PAGE, reserve=0)
+    device.set_outside(2 * PAGE, True)
+    assert cap.count_page_tables()
+    assert outside_of(cap) == 2 * PAGE  # at once
+    device.set_outside(21 * PAGE, True)
+    with pytest.raises(CapExceededError, match="pinned"):
+        cap.count_page_tables()
+    assert not with_outside(PAGE, whole_device=False)[1].count_page_tables()
+    assert not HardCap(PAGE, device=_core.HostDevice(), page_size=PAGE).count_page_tables()
+
+
+def test_watch_ends_with_its_cap_and_with_the_interpreter() -> None:
+    device, cap = with_outside(PAGE)
+    budget = cap.pager.budget
+    del cap
+    gc.collect()
+    assert budget.stats().used == 0
+    looks = device.calls()["process_memory"]
+    time.sleep(0.03)
+    assert device.calls()["process_memory"] == looks
+    code = (
+        "from penstock import _core\n"
+        "from penstock.hard_cap import HardCap\n"
+        "device = _core.FaultyDevice(_core.HostDevice())\n"
+        "device.set_outside(1)\n"
+        "cap = HardCap('1MiB', device=device, page_size=65536)\n"
+        "kept = [cap]; kept.append(kept)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

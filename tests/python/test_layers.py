@@ -21,6 +21,7 @@ MAY_INCLUDE = {
     "page_table": {"error"},
     "planner": {"page_table", "error"},
     "frame_pool": {"budget", "device", "error"},
+    "outside": {"frame_pool", "budget", "device", "threading", "error"},
     "allocator": {"frame_pool", "budget", "device", "threading", "error"},
     "torch_allocator": {"allocator", "frame_pool", "budget", "device", "threading", "error"},
     "loader": {"device", "error", "threading"},
