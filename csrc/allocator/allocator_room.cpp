@@ -87,16 +87,6 @@ std::vector<CachedRun> CachingAllocator::find_cached(const Growth* kept) {
   return runs;
 }
 
-void CachingAllocator::wait_quietly(const Event& event) {
-  try {
-    device_->event_synchronize(event->get());
-  } catch (const std::exception& error) {
-    // Work that failed uses nothing any more; only a wait that failed is an error.
-    if (!device_->event_done(event->get())) throw;
-    device_->suppress(error.what());
-  }
-}
-
 void CachingAllocator::wait_until_unused(Lock& lock, const std::vector<Block*>& leaving) {
   std::vector<void*> streams;
   bool whole_device = false;
@@ -111,7 +101,7 @@ void CachingAllocator::wait_until_unused(Lock& lock, const std::vector<Block*>& 
     if (!whole_device) events.push_back(events_.record({stream}));
   }
   lock.unlock();
-  for (const Event& event : events) wait_quietly(event);
+  for (const Event& event : events) wait_until_over(*device_, event);
   if (whole_device) {
     try {
       device_->synchronize();
@@ -165,7 +155,7 @@ bool CachingAllocator::wait_for_held(Lock& lock) {
   const std::vector<Event> events = held_.pending();
   if (events.empty()) return false;
   lock.unlock();
-  for (const Event& event : events) wait_quietly(event);
+  for (const Event& event : events) wait_until_over(*device_, event);
   lock.lock();
   return true;
 }

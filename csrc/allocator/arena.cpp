@@ -58,33 +58,28 @@ Block* Arena::join(Block* lower, Block* upper) noexcept {
   return lower;
 }
 
-Block* Arena::make_free(Block* block) {
-  block->state = BlockState::kFree;
-  if (block->before != nullptr && block->before->state == BlockState::kFree) {
-    free_.erase(block->before);
+// Gives a block a state, and joins it with its neighbours of that state, which are in `known`.
+template <typename Known>
+Block* Arena::settle_as(BlockState state, Block* block, Known& known) {
+  block->state = state;
+  if (block->before != nullptr && block->before->state == state) {
+    known.erase(block->before);
     block = join(block->before, block);
   }
-  if (block->after != nullptr && block->after->state == BlockState::kFree) {
-    free_.erase(block->after);
+  if (block->after != nullptr && block->after->state == state) {
+    known.erase(block->after);
     block = join(block, block->after);
   }
-  free_.insert(block);
+  known.insert(block);
   return block;
 }
 
-Block* Arena::make_unmapped(Block* block) {
-  block->state = BlockState::kUnmapped;
-  if (block->before != nullptr && block->before->state == BlockState::kUnmapped) {
-    unmapped_.erase(block->before);
-    block = join(block->before, block);
-  }
-  if (block->after != nullptr && block->after->state == BlockState::kUnmapped) {
-    unmapped_.erase(block->after);
-    block = join(block, block->after);
-  }
-  block->sequence = 0;
-  unmapped_.insert(block);
-  return block;
+Block* Arena::make_free(Block* block) {
+  return settle_as(BlockState::kFree, block, free_);
+}
+
+void Arena::make_unmapped(Block* block) {
+  settle_as(BlockState::kUnmapped, block, unmapped_)->sequence = 0;
 }
 
 Block* Arena::carve(Block* block, std::byte* start, std::size_t nbytes) {

@@ -127,8 +127,10 @@ class Arena {
   }
   Block* split(Block* block, std::size_t nbytes);
   Block* join(Block* lower, Block* upper) noexcept;
+  template <typename Known>
+  Block* settle_as(BlockState state, Block* block, Known& known);
   Block* make_free(Block* block);
-  Block* make_unmapped(Block* block);
+  void make_unmapped(Block* block);
   Block* carve(Block* free, std::byte* start, std::size_t nbytes);
   void settle(Block* quick);
   Block* add_frame(std::byte* at, Frame& frame);

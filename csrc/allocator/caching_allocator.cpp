@@ -291,6 +291,11 @@ std::size_t CachingAllocator::take_idle_bytes() {
   return static_cast<std::size_t>(std::max<std::int64_t>(0, all.reserved_bytes.current - needed));
 }
 
+std::size_t CachingAllocator::peak_active_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<std::size_t>(parts_.stats.side(Side::kAll).active_bytes.peak);
+}
+
 AllocatorStats CachingAllocator::stats() {
   const std::lock_guard lock(mutex_);
   std::array<std::pair<std::size_t, std::size_t>, kSideCount> split{};

@@ -100,6 +100,9 @@ class CachingAllocator : public RoomSource {
   /// Bytes of frames beyond what blocks have taken at any time since the last call.
   std::size_t take_idle_bytes();
 
+  /// The most bytes that blocks have taken since `reset_peak_stats`.
+  std::size_t peak_active_bytes() const;
+
   AllocatorStats stats();
   void reset_peak_stats();
   void reset_accumulated_stats();
@@ -147,7 +150,6 @@ class CachingAllocator : public RoomSource {
   void wait_until_unused(Lock& lock, const std::vector<Block*>& leaving);
   bool wait_for_held(Lock& lock);
   bool make_room(std::size_t requested, std::size_t count);  // without the lock
-  void wait_quietly(const Event& event);
   void drop_empty_pools();
   std::size_t give_frames(std::size_t count);
 

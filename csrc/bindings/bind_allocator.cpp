@@ -141,6 +141,8 @@ void bind_allocator(py::module_& module) {
           py::arg("pool"), without_gil, "Let go of a pool that was begun.")
       .def("take_idle_bytes", &CachingAllocator::take_idle_bytes, without_gil,
            "Return bytes of frames that nothing has needed since the last call.")
+      .def_property_readonly("peak_active_bytes", &CachingAllocator::peak_active_bytes,
+                             "The most bytes that blocks have taken.")
       .def("stats", &stats, without_gil, "Read the figures of torch.cuda.memory_stats.")
       .def("reset_peak_stats", &CachingAllocator::reset_peak_stats, without_gil)
       .def("reset_accumulated_stats", &CachingAllocator::reset_accumulated_stats, without_gil)

@@ -1,8 +1,20 @@
 #include "device/event_pool.hpp"
 
+#include <exception>
 #include <utility>
 
 namespace penstock {
+
+bool wait_until_over(Device& device, const Event& event) {
+  try {
+    device.event_synchronize(event->get());
+    return true;
+  } catch (const std::exception& error) {
+    if (!device.event_done(event->get())) throw;
+    device.suppress(error.what());
+    return false;
+  }
+}
 
 EventPool::EventPool(std::shared_ptr<Device> device, Timing timing)
     : device_(std::move(device)), timing_(timing) {}

@@ -13,6 +13,11 @@ namespace penstock {
 
 using Event = std::shared_ptr<OwnedEvent>;
 
+/// Blocks until the work before an event is over, whether or not that succeeded: work that failed
+/// uses nothing any more, and its error goes on record. @return whether it succeeded.
+/// @throws DeviceError where it was the wait that failed.
+bool wait_until_over(Device& device, const Event& event);
+
 class EventPool {
  public:
   EventPool(std::shared_ptr<Device> device, Timing timing);

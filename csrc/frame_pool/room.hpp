@@ -2,8 +2,9 @@
 // RoomSource; the RoomMaker asks them in the order of what giving costs, until enough is free. It
 // holds them weakly: who is about to go is not asked.
 //
-// Lock rule: nobody holds a lock of their own while asking for room. A source takes its own locks
-// while it gives, so an asker that held one could meet, from the other side, a source that asks.
+// Lock rule: nobody holds a lock that a source takes while asking for room. A source takes its own
+// locks while it gives, so an asker that held one could meet, from the other side, a source that
+// asks.
 // The maker keeps the rule itself: its list is locked for copying only. A source may ask for room
 // while it gives; whoever is giving on the same thread is not asked again, so that this ends.
 // Thread-safe.

@@ -35,24 +35,12 @@ void FramesRegion::unmap(PageIndex index) {
   page.ready.reset();
 }
 
-bool FramesRegion::wait_quietly(const Event& event) {
-  try {
-    device_->event_synchronize(event->get());
-    return true;
-  } catch (const std::exception& error) {
-    // Work that failed uses nothing any more; only a wait that failed is an error.
-    if (!device_->event_done(event->get())) throw;
-    device_->suppress(error.what());
-    return false;
-  }
-}
-
 void FramesRegion::quiesce(PageIndex index) {
   Page& page = pages_[index];
-  if (page.ready && !wait_quietly(page.ready)) forget(index);
+  if (page.ready && !wait_until_over(*device_, page.ready)) forget(index);
   page.ready.reset();
-  for (const auto& reader : page.readers) wait_quietly(reader.event);
-  if (replayed_) wait_quietly(replay_end());
+  for (const auto& reader : page.readers) wait_until_over(*device_, reader.event);
+  if (replayed_) wait_until_over(*device_, replay_end());
   if (copy_back(index)) device_->stream_synchronize(copies_.get());
 }
 

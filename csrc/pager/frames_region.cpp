@@ -61,11 +61,14 @@ void FramesRegion::check_pages(const std::vector<PageIndex>& pages) const {
 }
 
 void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
-  try {
-    begin_pages(pages, stream);
-  } catch (const CapExceededError&) {
-    if (!pool_->make_room(pages.size() * page_size_, nullptr)) throw;
-    begin_pages(pages, stream);
+  for (std::size_t lacked = 0;; ++lacked) {
+    try {
+      begin_pages(pages, stream);
+      return;
+    } catch (const CapExceededError& error) {
+      // A frame at a time, so that others lose no more than is lacking.
+      if (lacked == pages.size() || !pool_->make_room(error.requested, nullptr)) throw;
+    }
   }
 }
 
@@ -214,7 +217,8 @@ std::byte* FramesRegion::writable_tier() const {
 
 bool FramesRegion::copy_back(PageIndex page) {
   if (!writable_ || !pages_[page].used || !in_place(pages_[page], page)) return false;
-  if (pages_[page].ready && !wait_quietly(pages_[page].ready)) return false;  // never loaded
+  if (pages_[page].ready && !wait_until_over(*device_, pages_[page].ready))
+    return false;  // never loaded
   const std::size_t start = std::size_t{page} * page_size_;
   const std::size_t nbytes = std::min(page_size_, nbytes_ - start);
   device_->copy(writable_tier() + start, address_of(page), nbytes, copies_.get());

@@ -219,8 +219,6 @@ class FramesRegion : public Region {
   PlaceIndex find_place();
   PlaceIndex add_place();
   CapExceededError refusal(std::size_t frames) const;
-  /// @return whether the work before the event succeeded.
-  bool wait_quietly(const Event& event);
   /// Waits until nothing on the device can use the page's mapping, and what was written is kept.
   void quiesce(PageIndex page);
   void map(PageIndex page, PlaceIndex place);

@@ -29,7 +29,6 @@ void Registry::install(int ordinal, std::shared_ptr<CachingAllocator> allocator)
   if (owners_[i]) {
     throw std::invalid_argument(name_of(ordinal) + " has an allocator already; uninstall it first");
   }
-  caps_[i] = allocator->pool()->budget().cap();
   owners_[i] = std::move(allocator);
   allocators_[i].store(owners_[i].get(), std::memory_order_release);
 }
@@ -52,11 +51,6 @@ std::shared_ptr<CachingAllocator> Registry::shared(int ordinal) const {
   const std::lock_guard lock(mutex_);
   if (ordinal < 0 || ordinal >= kMostDevices) return nullptr;
   return owners_[static_cast<std::size_t>(ordinal)];
-}
-
-std::size_t Registry::cap_when_installed(int ordinal) const {
-  const std::lock_guard lock(mutex_);
-  return caps_.at(static_cast<std::size_t>(ordinal));
 }
 
 void install(int ordinal, std::shared_ptr<CachingAllocator> allocator) {

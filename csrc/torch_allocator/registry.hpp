@@ -35,8 +35,6 @@ class Registry {
   void install(int ordinal, std::shared_ptr<CachingAllocator> allocator);
   std::shared_ptr<CachingAllocator> uninstall(int ordinal);
   std::shared_ptr<CachingAllocator> shared(int ordinal) const;
-  /// The cap that the user has set, as of when the allocator was installed.
-  std::size_t cap_when_installed(int ordinal) const;
 
   std::atomic<Thrower> thrower{nullptr};
 
@@ -46,7 +44,6 @@ class Registry {
   std::array<std::atomic<CachingAllocator*>, kMostDevices> allocators_{};
   mutable std::mutex mutex_;
   std::array<std::shared_ptr<CachingAllocator>, kMostDevices> owners_;
-  std::array<std::size_t, kMostDevices> caps_{};
 };
 
 }  // namespace penstock::torch_allocator

@@ -1,7 +1,5 @@
 // The functions that torch calls. They are compiled into the extension itself and not into the
 // core: symbols of libraries do not leave it.
-#include <algorithm>
-#include <cmath>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -72,7 +70,8 @@ void* penstock_malloc(std::size_t size, int device, void* stream) {
   try {
     CachingAllocator* allocator = Registry::get().find(device);
     if (allocator != nullptr) return allocator->allocate(size, {stream});
-    message = "penstock: no allocator is installed for device " + std::to_string(device);
+    message = "device " + std::to_string(device) +
+              " has no hard cap, and another one has: call penstock.set_cap for it too";
   } catch (const CapExceededError& error) {
     message = error.what();
     out_of_memory = true;
@@ -129,21 +128,6 @@ void* penstock_base_alloc(void* address, std::size_t* size) {
     if (block && size != nullptr) *size = block->nbytes;
   });
   return address;
-}
-
-void penstock_memory_fraction(double fraction, int device) {
-  quietly(device, [&](CachingAllocator& allocator) {
-    if (!(fraction >= 0 && fraction <= 1)) {
-      throw std::invalid_argument("a fraction of memory is between 0 and 1");
-    }
-    const FramePool& pool = *allocator.pool();
-    const auto total = static_cast<double>(pool.device()->info().total_bytes);
-    const std::size_t cap = Registry::get().cap_when_installed(device);
-    const auto part = static_cast<std::size_t>(std::floor(total * fraction));
-    if (!pool.budget().try_set_cap(std::min(cap, part))) {
-      throw std::runtime_error("the cap was not lowered: more is in use");
-    }
-  });
 }
 
 void penstock_begin_pool(int device, PenstockPoolId id, PenstockStreamFilter filter) {

@@ -61,9 +61,6 @@ PENSTOCK_EXPORT void penstock_record_stream(void* address, void* stream);
 PENSTOCK_EXPORT void penstock_empty_cache();
 /// The block that starts at `address` and its size; size 0 where there is none.
 PENSTOCK_EXPORT void* penstock_base_alloc(void* address, std::size_t* size);
-/// Lowers the cap of a device to a part of its memory, or back to at most what it was when the
-/// allocator was installed. Nothing happens where more is in use.
-PENSTOCK_EXPORT void penstock_memory_fraction(double fraction, int device);
 PENSTOCK_EXPORT void penstock_begin_pool(int device, PenstockPoolId id,
                                          PenstockStreamFilter filter);
 PENSTOCK_EXPORT void penstock_end_pool(int device, PenstockPoolId id);

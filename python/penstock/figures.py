@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.hard_cap import HardCap, current_cap
+from penstock.hard_cap import HardCap, current_cap, require_cap
 from penstock.sizes import format_bytes
 from penstock.stacks import LARGE_BLOCK, StackRecorder
 from penstock.stats import ModelStats
@@ -123,7 +123,7 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
     ValueError
         If the device has none.
     """
-    cap = _require_cap(device)
+    cap = require_cap(device)
     ledger = cap.pager.budget.stats()
     by_tag = ledger.used_by_tag
     torch_stats = cap.allocator.stats()
@@ -188,13 +188,6 @@ def record_stacks(enabled: bool = True) -> None:
     elif not enabled and _recorder is not None:
         recorder, _recorder = _recorder, None
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-
-def _require_cap(device: str | torch.device) -> HardCap:
-    cap = current_cap(device)
-    if cap is None:
-        raise ValueError(f"{str(device)!r} has no hard cap; see penstock.set_cap")
-    return cap
 
 
 def _largest(cap: HardCap, count: int) -> tuple[Holder, ...]:

@@ -18,14 +18,14 @@ import torch
 
 from penstock import _core
 from penstock.errors import CapExceededError, DeviceError
-from penstock.pager import Pager
+from penstock.pager import Pager, current_ordinal, uses_cuda
 from penstock.sizes import format_bytes, parse_bytes
-from penstock.torch_hook import hook_torch
+from penstock.torch_hook import hook_torch, is_hooked
 
 if TYPE_CHECKING:
     from penstock.manager import MemoryManager
 
-__all__ = ["HardCap", "current_cap", "set_cap"]
+__all__ = ["HardCap", "current_cap", "require_cap", "require_cuda", "set_cap"]
 
 _FRAME_SIZE = 2 << 20  # small, since one live block keeps a whole frame from everybody else
 _PASSES = 8  # for which memory has to be idle before weights may have it
@@ -60,7 +60,8 @@ class HardCap:
         page_size: int | str | None = None,
         reserve: int | str | None = None,
     ) -> None:
-        self.pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
+        self._wanted = parse_bytes(cap)  # by the user; a fraction of the memory may be less
+        self.pager = Pager(cap=self._wanted, device=device, kind="frames", page_size=page_size)
         granularity = self.pager.core_device.info().frame_granularity
         frame_size = min(self.pager.page_size, max(granularity, _FRAME_SIZE))
         self.allocator = _core.CachingAllocator(self.pager.frames.beside(frame_size))
@@ -125,6 +126,26 @@ class HardCap:
             If more is in use than that; room that was made stays made.
         """
         wanted = parse_bytes(cap)
+        self._change(wanted)
+        self._wanted = wanted
+
+    @property
+    def fraction(self) -> float:
+        """The cap as a part of the device's memory."""
+        return self.pager.cap / self.pager.core_device.info().total_bytes
+
+    def limit_to(self, fraction: float) -> None:
+        """Lower the cap to a part of the device's memory, or raise it again as far as it was set.
+
+        Raises
+        ------
+        CapExceededError
+            If more is in use than that; room that was made stays made.
+        """
+        total = self.pager.core_device.info().total_bytes
+        self._change(min(self._wanted, int(total * fraction)))
+
+    def _change(self, wanted: int) -> None:
         budget = self.pager.budget
         if budget.try_set_cap(wanted):
             return
@@ -164,7 +185,7 @@ class HardCap:
         That is a quarter of the cap, and as much as tensors have ever needed.
         """
         budget = self.pager.budget
-        needed = max(budget.cap // 4, self.allocator.stats()["active_bytes.all.peak"])
+        needed = max(budget.cap // 4, self.allocator.peak_active_bytes)
         return budget.available >= needed
 
 
@@ -188,8 +209,9 @@ def set_cap(
     their own. It is measured every ten milliseconds, and charged under the tag `outside`.
 
     The first call puts Penstock's allocator under torch, and has to come before torch's first use
-    of CUDA. Later calls change the cap. A request that does not fit makes room by evicting weights,
-    and is refused with `torch.OutOfMemoryError` where that is not enough.
+    of CUDA; from then on each GPU that is used needs a cap. Later calls change the cap. A request
+    that does not fit makes room by evicting weights, and is refused with `torch.OutOfMemoryError`
+    where that is not enough.
 
     Parameters
     ----------
@@ -222,15 +244,8 @@ def set_cap(
         if reserve is not None:
             known.set_reserve(reserve)
         return
-    where = torch.device(device)
-    if where.type != "cuda" or not torch.cuda.is_available():
-        raise DeviceError(
-            f"a hard cap needs a CUDA device, and {device!r} is none that torch can use here. "
-            "Give MemoryManager a cap of its own instead.",
-            call="set_cap",
-            code=0,
-        )
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    require_cuda(device, "a hard cap", "Give MemoryManager a cap of its own instead.")
+    if uses_cuda() and not is_hooked():
         raise DeviceError(
             "torch has begun to use CUDA already, so its allocator cannot be changed any more: "
             "call penstock.set_cap before anything else touches the GPU",
@@ -239,8 +254,39 @@ def set_cap(
         )
     hard_cap = HardCap(cap, device=device, page_size=page_size, reserve=reserve)
     ordinal = hard_cap.pager.core_device.info().ordinal
-    hook_torch(ordinal, hard_cap.allocator)
+    hook_torch(ordinal, hard_cap)
     _caps[ordinal] = hard_cap
+
+
+def require_cuda(device: str | torch.device, what: str, remedy: str) -> None:
+    """Refuse what is no CUDA device of torch's.
+
+    Raises
+    ------
+    DeviceError
+        Saying what needs one, and what to do instead.
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise DeviceError(
+            f"{what} needs a CUDA device, and {str(device)!r} is none that torch can use here. "
+            f"{remedy}",
+            call="set_cap",
+            code=0,
+        )
+
+
+def require_cap(device: str | torch.device) -> HardCap:
+    """Return the hard cap of a device.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    cap = current_cap(device)
+    if cap is None:
+        raise ValueError(f"{str(device)!r} has no hard cap; see penstock.set_cap")
+    return cap
 
 
 def current_cap(device: str | torch.device | _core.Device) -> HardCap | None:
@@ -254,7 +300,4 @@ def current_cap(device: str | torch.device | _core.Device) -> HardCap | None:
     where = torch.device(device)
     if where.type != "cuda":
         return None
-    index = where.index
-    if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-    return _caps.get(index)
+    return _caps.get(current_ordinal() if where.index is None else where.index)

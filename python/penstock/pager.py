@@ -15,7 +15,7 @@ from penstock.sizes import parse_bytes
 if TYPE_CHECKING:
     from penstock.hard_cap import HardCap
 
-__all__ = ["Pager", "Region", "open_device", "wait_until_pinned"]
+__all__ = ["Pager", "Region", "current_ordinal", "open_device", "uses_cuda", "wait_until_pinned"]
 
 PAGE_SIZE = 2 << 20
 """Bytes of a managed page: what drivers migrate at once, the largest that a kernel maps whole."""
@@ -52,8 +52,7 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
         if name == "auto":
             name = "cuda" if _core.cuda_device_count() > 0 else "cpu"
         if name == "cuda" and torch.cuda.is_available():
-            # Not the first to use CUDA: a hard cap has to come before that.
-            name = f"cuda:{torch.cuda.current_device() if _uses_cuda() else 0}"
+            name = f"cuda:{current_ordinal()}"
         if name == "cpu:0":
             name = "cpu"
         core = _core.open_device(name)
@@ -63,7 +62,16 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
     return core, torch.device("cpu")
 
 
-def _uses_cuda() -> bool:
+def current_ordinal() -> int:
+    """Return torch's current CUDA device, without being the first to use CUDA.
+
+    A hard cap has to come before that.
+    """
+    return torch.cuda.current_device() if uses_cuda() else 0
+
+
+def uses_cuda() -> bool:
+    """Whether torch has begun to use CUDA in this process."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 

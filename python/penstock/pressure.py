@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from penstock import _core
-from penstock.hard_cap import HardCap, current_cap
+from penstock.hard_cap import HardCap, require_cap
 
 __all__ = ["PressureEvent", "PressureHandle", "on_pressure"]
 
@@ -164,9 +164,7 @@ def on_pressure(callback: Callback, *, device: str | torch.device = "cuda") -> P
     ValueError
         If the device has no hard cap.
     """
-    cap = current_cap(device)
-    if cap is None:
-        raise ValueError(f"{str(device)!r} has no hard cap; see penstock.set_cap")
+    cap = require_cap(device)
     listener = _listeners.get(cap)
     if listener is None:
         listener = _listeners.setdefault(cap, _Listener(cap.allocator))

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from penstock import _core
-from penstock.errors import DeviceError
-from penstock.hard_cap import current_cap
+from penstock.hard_cap import current_cap, require_cuda
 from penstock.pager import Pager
 
 __all__ = ["CappedScope", "capped"]
@@ -79,12 +78,7 @@ def capped(
     """
     if current_cap(device) is not None:
         raise ValueError(f"{str(device)!r} has a hard cap for the whole process already")
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        raise DeviceError(
-            f"capped() needs a CUDA device, and {device!r} is none that torch can use here",
-            call="capped",
-            code=0,
-        )
+    require_cuda(device, "capped()", "Give MemoryManager a cap instead.")
     pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
     ordinal = pager.core_device.info().ordinal
     if ordinal in _active:

@@ -11,19 +11,19 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch.backends import ContextProp
 
 from penstock import _core
 from penstock.errors import DeviceError
 from penstock.out_of_memory import find_thrower
 
-__all__ = ["hook_torch", "nested_stats"]
+__all__ = ["Served", "hook_torch", "is_hooked", "nested_stats"]
 
 _HOOKS = {
     "set_reset_fn": "penstock_empty_cache",
-    "set_memory_fraction_fn": "penstock_memory_fraction",
     "set_base_alloc_fn": "penstock_base_alloc",
     "set_record_stream_fn": "penstock_record_stream",
     "set_begin_allocate_to_pool": "penstock_begin_pool",
@@ -32,7 +32,29 @@ _HOOKS = {
 }
 
 
-def hook_torch(ordinal: int, allocator: _core.CachingAllocator) -> None:
+_hook: list[Any] = []  # torch's object, for as long as the process lives
+_served: dict[int, Served] = {}  # by ordinal
+
+
+class Served(Protocol):
+    """What serves a device: a hard cap."""
+
+    allocator: _core.CachingAllocator
+
+    @property
+    def fraction(self) -> float:
+        """The cap as a part of the device's memory."""
+
+    def limit_to(self, fraction: float) -> None:
+        """Lower the cap to a part of the device's memory, or raise it again as far as it was."""
+
+
+def is_hooked() -> bool:
+    """Whether torch allocates from allocators of Penstock's, on all devices."""
+    return bool(_hook)
+
+
+def hook_torch(ordinal: int, served: Served) -> None:
     """Have torch allocate from an allocator on a device.
 
     Raises
@@ -40,19 +62,10 @@ def hook_torch(ordinal: int, allocator: _core.CachingAllocator) -> None:
     DeviceError
         If this torch cannot be hooked, or has allocated already.
     """
-    _core.install_torch_allocator(ordinal, allocator)
+    _core.install_torch_allocator(ordinal, served.allocator)
     try:
-        if _is_hooked():
-            return
-        _core.set_torch_thrower(find_thrower())
-        path = _core.__file__
-        hook = torch.cuda.memory.CUDAPluggableAllocator(path, "penstock_malloc", "penstock_free")
-        library = ctypes.CDLL(path)
-        inner: Any = hook.allocator()  # type: ignore[no-untyped-call]
-        for setter, symbol in _HOOKS.items():
-            address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
-            getattr(inner, setter)(address)
-        torch.cuda.memory.change_current_allocator(hook)
+        if not is_hooked():
+            _change_allocator()
     except (AttributeError, RuntimeError) as error:
         _core.uninstall_torch_allocator(ordinal)
         raise DeviceError(
@@ -60,15 +73,22 @@ def hook_torch(ordinal: int, allocator: _core.CachingAllocator) -> None:
             call="change_current_allocator",
             code=0,
         ) from error
+    _served[ordinal] = served
+
+
+def _change_allocator() -> None:
+    _core.set_torch_thrower(find_thrower())
+    path = _core.__file__
+    hook = torch.cuda.memory.CUDAPluggableAllocator(path, "penstock_malloc", "penstock_free")
+    library = ctypes.CDLL(path)
+    inner: Any = hook.allocator()  # type: ignore[no-untyped-call]
+    for setter, symbol in _HOOKS.items():
+        address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+        getattr(inner, setter)(address)
+    torch.cuda.memory.change_current_allocator(hook)
+    _hook.append(hook)
     _replace_functions()
-    _hooked.append(hook)
-
-
-_hooked: list[Any] = []  # torch's object, for as long as the process lives
-
-
-def _is_hooked() -> bool:
-    return bool(_hooked)
+    _keep_benchmark_off()
 
 
 def nested_stats(allocator: _core.CachingAllocator) -> dict[str, Any]:
@@ -89,25 +109,30 @@ def nested_stats(allocator: _core.CachingAllocator) -> dict[str, Any]:
 
 
 def _replace_functions() -> None:
-    _replace("_cuda_memoryStats", nested_stats)
-    _replace("_cuda_resetPeakMemoryStats", _core.CachingAllocator.reset_peak_stats)
-    _replace("_cuda_resetAccumulatedMemoryStats", _core.CachingAllocator.reset_accumulated_stats)
+    """Have torch's functions tell of what serves a device; of others, what they always did."""
+
+    def serve(name: str, ours: Callable[..., Any]) -> None:
+        """Replace a function whose last argument is the device."""
+        theirs = getattr(torch._C, name, None)
+
+        def function(*arguments: Any) -> Any:  # noqa: ANN401
+            *given, device = arguments
+            served = _served.get(device)
+            if served is not None:
+                return ours(served, *given)
+            return theirs(*arguments) if theirs is not None else None
+
+        setattr(torch._C, name, function)
+
+    serve("_cuda_memoryStats", lambda served: nested_stats(served.allocator))
+    serve("_cuda_resetPeakMemoryStats", lambda served: served.allocator.reset_peak_stats())
+    serve(
+        "_cuda_resetAccumulatedMemoryStats",
+        lambda served: served.allocator.reset_accumulated_stats(),
+    )
+    serve("_cuda_setMemoryFraction", lambda served, fraction: served.limit_to(fraction))
+    serve("_cuda_getMemoryFraction", lambda served: served.fraction)
     setattr(torch._C, "_cuda_memorySnapshot", _refuse_snapshot)  # noqa: B010
-    benchmark = torch._C._get_cudnn_benchmark()
-    torch._C._set_cudnn_benchmark(False)
-    setattr(torch._C, "_set_cudnn_benchmark", _refuse_benchmark)  # noqa: B010
-    if benchmark:
-        _refuse_benchmark(True)
-
-
-def _replace(name: str, ours: Callable[[_core.CachingAllocator], Any]) -> None:
-    theirs = getattr(torch._C, name)
-
-    def function(device: int) -> Any:  # noqa: ANN401
-        allocator = _core.installed_torch_allocator(device)
-        return theirs(device) if allocator is None else ours(allocator)
-
-    setattr(torch._C, name, function)
 
 
 def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
@@ -117,12 +142,22 @@ def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
     )
 
 
-def _refuse_benchmark(wanted: bool) -> None:
-    """Leave cuDNN's benchmark mode off: it asks for the largest free block, and torch refuses."""
-    if wanted:
-        warnings.warn(
-            "cuDNN's benchmark mode stays off under a hard cap: torch cannot tell it how much "
-            "memory it may try",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def _keep_benchmark_off() -> None:
+    """Keep cuDNN's benchmark mode off: it asks for the largest free block, and torch refuses."""
+    setter, getter = torch._C._set_cudnn_benchmark, torch._C._get_cudnn_benchmark
+
+    def refuse(wanted: bool) -> None:
+        if wanted:
+            warnings.warn(
+                "cuDNN's benchmark mode stays off under a hard cap: torch cannot tell it how much "
+                "memory it may try",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    refuse(getter())
+    setter(False)
+    # For `torch.backends.cudnn.flags`, and for the property, which has the function itself.
+    setattr(torch._C, "_set_cudnn_benchmark", refuse)  # noqa: B010
+    kept_off = ContextProp(getter, refuse)  # type: ignore[no-untyped-call]
+    type(torch.backends.cudnn).benchmark = kept_off  # type: ignore[attr-defined]

@@ -148,22 +148,6 @@ TEST_F(TorchAllocator, PoolsAreThoseOfTheFilter) {
   EXPECT_EQ(setup_.device->suppressed_count(), 1U);
 }
 
-TEST_F(TorchAllocator, FractionOfMemoryLowersTheCapAndPutsItBack) {
-  const std::size_t cap = setup_.budget->cap();
-  const auto total = static_cast<double>(setup_.device->info().total_bytes);
-  penstock_memory_fraction(static_cast<double>(2 * kFrame) / total, kDevice);
-  EXPECT_LE(setup_.budget->cap(), 2 * kFrame);
-  EXPECT_GT(setup_.budget->cap(), kFrame);
-  penstock_memory_fraction(1, kDevice);
-  EXPECT_EQ(setup_.budget->cap(), cap);
-  void* block = take(3 * kFrame);
-  penstock_memory_fraction(0, kDevice);
-  penstock_memory_fraction(2, kDevice);
-  EXPECT_EQ(setup_.budget->cap(), cap);
-  EXPECT_EQ(setup_.device->suppressed_count(), 2U);
-  drop(block);
-}
-
 TEST_F(TorchAllocator, InstallsOnceAndUninstallsWhenNothingIsInUse) {
   EXPECT_THROW(torch_allocator::install(kDevice, setup_.allocator), std::invalid_argument);
   EXPECT_THROW(torch_allocator::install(-1, setup_.allocator), std::invalid_argument);

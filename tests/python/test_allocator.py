@@ -198,8 +198,6 @@ def functions() -> ctypes.CDLL:
     library.penstock_empty_cache.restype = None
     library.penstock_base_alloc.argtypes = [pointer, ctypes.POINTER(size)]
     library.penstock_base_alloc.restype = pointer
-    library.penstock_memory_fraction.argtypes = [ctypes.c_double, number]
-    library.penstock_memory_fraction.restype = None
     return library
 
 
@@ -224,7 +222,7 @@ def test_symbols_serve_the_installed_allocator(
 
 
 def test_every_symbol_is_exported(functions: ctypes.CDLL) -> None:
-    for name in ("malloc", "free", "record_stream", "empty_cache", "base_alloc", "memory_fraction"):
+    for name in ("malloc", "free", "record_stream", "empty_cache", "base_alloc"):
         assert hasattr(functions, f"penstock_{name}")
     for name in ("begin_pool", "end_pool", "release_pool"):
         assert hasattr(functions, f"penstock_{name}")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, PressureEvent, _core, figures
+from penstock import CapExceededError, PressureEvent, _core
+from penstock import hard_cap as hard_cap_module
 from penstock.hard_cap import HardCap
 
 KIB = 1 << 10
@@ -36,7 +37,7 @@ def hard_cap(pages: int, outside: int | None = None) -> HardCap:
 @pytest.fixture
 def cap(monkeypatch: pytest.MonkeyPatch) -> HardCap:
     made = hard_cap(64, 2 * PAGE)
-    for module in ("manager", "figures", "pressure"):
+    for module in ("manager", "figures", "hard_cap"):
         monkeypatch.setattr(f"penstock.{module}.current_cap", lambda _: made)
     return made
 
@@ -88,7 +89,7 @@ def test_parts_add_up_and_are_told_apart(cap: HardCap) -> None:
 def test_parts_add_up_whatever_is_taken(sizes: list[int], kept: int) -> None:
     cap = hard_cap(40, PAGE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "current_cap", lambda _: cap)
+        patch.setattr(hard_cap_module, "current_cap", lambda _: cap)
         blocks = []
         for nbytes in sizes:
             try:
@@ -285,11 +286,9 @@ def test_forked_child_leaves_and_may_listen_itself(cap: HardCap) -> None:
 
 def test_interpreter_ends_while_somebody_listens() -> None:
     code = (
-        "import penstock.pressure as pressure\n"
-        "from penstock import _core\n"
-        "from penstock.hard_cap import HardCap\n"
-        "cap = HardCap('1MiB', device=_core.HostDevice(), page_size=65536)\n"
-        "pressure.current_cap = lambda _: cap\n"
+        "from penstock import _core, hard_cap, pressure\n"
+        "cap = hard_cap.HardCap('1MiB', device=_core.HostDevice(), page_size=65536)\n"
+        "hard_cap.current_cap = lambda _: cap\n"
         "pressure.on_pressure(print)\n"
     )
     start = time.monotonic()

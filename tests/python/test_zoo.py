@@ -471,7 +471,7 @@ class Fallible(nn.Module):
 animal("errors that the model handles", Fallible)(run_flat)
 
 
-@animal("autocast", lambda d: nn.Sequential(Block(d), nn.LSTM(d, d), nn.Identity()))
+@animal("autocast", lambda d: nn.Sequential(Block(d), nn.GRU(d, d), nn.Identity()))
 def _(model: nn.Module, d: int) -> object:
     with torch.autocast("cpu", torch.bfloat16):
         return model(noise(3, d))
