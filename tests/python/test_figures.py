@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, PressureEvent, _core
+from penstock import CapExceededError, PressureEvent, _core, figures
 from penstock import hard_cap as hard_cap_module
 from penstock.hard_cap import HardCap
 
