@@ -35,7 +35,7 @@ from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
 from penstock.residency import Residency
 from penstock.runner import Runner
-from penstock.sharing import Busy, Tenant
+from penstock.sharing import Busy, Overtaken, Tenant
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
@@ -429,7 +429,12 @@ class MemoryManager:
                         f"no room after {_PATIENCE:.0f} s: model {found.runner.name!r} runs freely "
                         "in another thread, and keeps what it has until its call ends"
                     ) from None
-                runner = found.runner
+                runner: Runner | None = found.runner
+            except Overtaken as found:
+                if time.monotonic() > end:
+                    raise found.refusal from None
+                runner = None
+                time.sleep(0.001)
             finally:
                 if busy is not None:
                     busy.turn.give_back()

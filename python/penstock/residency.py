@@ -14,7 +14,7 @@ from contextlib import suppress
 from penstock.errors import CapExceededError, ModelError
 from penstock.pager import Pager
 from penstock.policy import Policy, Priority
-from penstock.sharing import Busy, Sharing, Tenant
+from penstock.sharing import Busy, Overtaken, Sharing, Tenant
 
 __all__ = ["NothingToKeepWarning", "Residency"]
 
@@ -194,7 +194,7 @@ class Residency:
         """Give each model in use its share of what there is now, or leave it what it has."""
         for tenant in self._by_use():
             if tenant.in_use:
-                with suppress(CapExceededError, Busy):
+                with suppress(CapExceededError, Busy, Overtaken):
                     self._make_room(tenant, take_secondaries=False)
                 return
 

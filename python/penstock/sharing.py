@@ -20,7 +20,7 @@ from penstock.policy import Candidate, Policy, Priority, UseHistory, order_of_vi
 from penstock.runner import Runner
 from penstock.sizes import format_bytes
 
-__all__ = ["Busy", "Sharing", "Tenant", "divide"]
+__all__ = ["Busy", "Overtaken", "Sharing", "Tenant", "divide"]
 
 
 class Busy(Exception):
@@ -35,6 +35,20 @@ class Busy(Exception):
     def __init__(self, runner: Runner) -> None:
         super().__init__("a call has to end before there is room")
         self.runner = runner
+
+
+class Overtaken(Exception):
+    """A call took frames while they were divided, and has ended since: divide them again.
+
+    Parameters
+    ----------
+    refusal
+        What to say where that goes on.
+    """
+
+    def __init__(self, refusal: CapExceededError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 @dataclass(eq=False)
@@ -152,6 +166,8 @@ class Sharing:
             If the policy names a model that it may not.
         Busy
             If a call has to end first; some others may hold less then.
+        Overtaken
+            If a call took frames meanwhile, and has ended.
         """
         hard_cap = self._pager.hard_cap
         if hard_cap is not None:  # of frames that it caches
@@ -371,7 +387,13 @@ class Sharing:
         # Those that give frames away first.
         for each in sorted(tenants, key=lambda each: shares[id(each)] - each.held):
             others = [other for other in tenants if other is not each]
-            self._give(each, shares[id(each)], others)
+            try:
+                self._give(each, shares[id(each)], others)
+            except CapExceededError as error:
+                # All have what they need in what there was, so somebody took some of it meanwhile.
+                if others and sum(least) <= total:
+                    raise Overtaken(error) from None
+                raise
 
     def _give(self, tenant: Tenant, frames: int, others: Sequence[Tenant]) -> None:
         """Plan for a model in as many frames as it gets."""
