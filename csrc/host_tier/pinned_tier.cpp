@@ -19,9 +19,9 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// Registered at once: large enough that a call costs nothing beside its bytes, small enough that
-// the last one, which nothing overlaps, takes some milliseconds.
-constexpr std::size_t kRegistered = std::size_t{256} << 20;
+// Registered at once: large enough that copies, which stay within one piece, are as large as a ring
+// takes, small enough that the last one, which nothing overlaps, takes some milliseconds.
+constexpr std::size_t kRegistered = std::size_t{512} << 20;
 
 }  // namespace
 

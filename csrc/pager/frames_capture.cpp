@@ -1,4 +1,6 @@
 // How a frames region lives with work that was captured in a graph.
+#include <algorithm>
+
 #include "error/error.hpp"
 #include "pager/frames_region.hpp"
 
@@ -27,7 +29,10 @@ void FramesRegion::begin_capture(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   const Event start = events_.record(stream);
   device_->event_wait(copies_.get(), start->get());
+  const auto shared = std::count_if(places_.begin(), places_.end(),
+                                    [](const Place& place) { return place.pages.size() > 1; });
   capture_.emplace();
+  capture_->most = std::max<std::size_t>(1, static_cast<std::size_t>(shared) / 2);
 }
 
 void FramesRegion::end_capture(StreamHandle stream) {

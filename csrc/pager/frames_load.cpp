@@ -55,7 +55,8 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
   // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
   // as few copies as its ring allows, since each costs its launch some microseconds.
   const PageIndex first = pages[start];
-  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
+  std::size_t most = verify_ ? 1 : tier_->pages_together(first);
+  if (capture_) most = std::min(most, capture_->most);
   const StepTime use = schedule_.next_use(first, now_);
   std::size_t count = 1;
   for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {

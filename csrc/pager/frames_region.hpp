@@ -156,6 +156,7 @@ class FramesRegion : public Region {
   /// While a pass is captured. What a stream of the graph is ordered after already, by number: what
   /// follows from that needs no edge, and edges are what a launch costs.
   struct Capture {
+    std::size_t most = 1;  // pages of one copy: half of the ring, as the other half is read
     std::unordered_map<void*, std::uint64_t> loads;  // that a stream is ordered after
     std::unordered_map<void*, std::uint64_t> uses;   // on a stream, that the copies are after
   };
