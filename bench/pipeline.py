@@ -31,6 +31,7 @@ from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from pipeline_models import SMALL, STAGES, Shape, builder
 from pipeline_subjects import LOADERS, Options, nbytes_of
+from report import number, percent, rate, say, size, write_json
 from room import host_room, weights_parent
 
 GIB = 1 << 30
@@ -72,7 +73,8 @@ def main() -> int:
         found |= weights
         if reason_of(weights):
             say(f"weights: {reason_of(weights)}", weights.get("stderr", ""))
-            return finish(found, options.json, 1)
+            write_json(found, options.json)
+            return 1
         say(*(f"{key}: {value}" for key, value in weights["machine"].items()))
         say(f"weights written in {weights['seconds']:.1f} s to {parent}")
         for name in options.only:
@@ -88,12 +90,13 @@ def main() -> int:
             derive(row, found["rows"])
             found["rows"].append(row)
             say(f"{name}: {outcome(row)}", *([row["stderr"]] if "stderr" in row else []))
-            finish(found, options.json, 0)  # whatever ends the run leaves what was measured
+            write_json(found, options.json)  # whatever ends the run leaves what was measured
     say("", *stage_table(found["rows"]), "", *case_table(found["rows"], cap), "", *LEGEND)
     broken = complaints(found["rows"], cap)
     found["broken"] = broken
     say("", *(broken or ["every stage of Penstock has the bits of plain PyTorch, under its cap"]))
-    return finish(found, options.json, 1 if broken else 0)
+    write_json(found, options.json)
+    return 1 if broken else 0
 
 
 def parse() -> argparse.Namespace:
@@ -224,13 +227,13 @@ def stage_table(rows: list[Row]) -> list[str]:
                 [
                     row["case"],
                     stage["stage"],
-                    _number(stage["seconds"]),
-                    _number(stage["first_seconds"]),
-                    _number(stage.get("predicted_seconds")),
-                    _number(stage.get("bound_seconds")),
-                    _number(stage.get("compute_seconds")),
+                    number(stage["seconds"]),
+                    number(stage["first_seconds"]),
+                    number(stage.get("predicted_seconds")),
+                    number(stage.get("bound_seconds")),
+                    number(stage.get("compute_seconds")),
                     f"{moved / 1e9:.3f}",
-                    _percent(share if moved else None),
+                    percent(share if moved else None),
                     _same(stage, row),
                 ]
             )
@@ -255,19 +258,19 @@ def case_table(rows: list[Row], cap: int) -> list[str]:
         cells.append(
             [
                 row["case"],
-                _number(seconds),
-                _number(step.get("step_predicted_seconds")),
-                _number(bound),
-                _number(step.get("step_compute_seconds")),
+                number(seconds),
+                number(step.get("step_predicted_seconds")),
+                number(bound),
+                number(step.get("step_compute_seconds")),
                 f"{moved / 1e9:.3f}",
-                _percent(moved / seconds / link if moved and seconds and link else None),
-                _percent(bound / seconds if bound and seconds else None),
-                _bytes(step["after"].get("ledger_peak")),
-                _bytes(row["driver_peak_bytes"]),
-                _bytes(max(row["vram_bytes"], row["vram_loading_bytes"])),
-                _bytes(row["pinned_bytes"]),
+                percent(moved / seconds / link if moved and seconds and link else None),
+                percent(bound / seconds if bound and seconds else None),
+                size(step["after"].get("ledger_peak")),
+                size(row["driver_peak_bytes"]),
+                size(max(row["vram_bytes"], row["vram_loading_bytes"])),
+                size(row["pinned_bytes"]),
                 f"{row['load_seconds']:.1f}",
-                f"{link / 1e9:.1f}" if link else "?",
+                rate(link),
                 row["note"],
             ]
         )
@@ -286,18 +289,6 @@ LEGEND = (
 )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _bytes(value: int | None) -> str:
-    return "-" if not value else format_bytes(value)
-
-
 def _same(stage: Mapping[str, Any], row: Row) -> str:
     if not stage["finite"]:
         return "NO, not finite"
@@ -313,18 +304,6 @@ def outcome(row: Row) -> str:
         return reason_of(row)
     seconds = ", ".join(f"{stage['stage']} {stage['seconds']:.3f} s" for stage in row["stages"])
     return f"{seconds}; loaded in {row['load_seconds']:.1f} s"
-
-
-def say(*lines: str) -> None:
-    for line in lines:
-        print(line, flush=True)
-
-
-def finish(found: Mapping[str, Any], file: Path | None, code: int) -> int:
-    """Write what there is, and return the exit code."""
-    if file is not None:
-        file.write_text(json.dumps(found, indent=2, default=str) + "\n")
-    return code
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import penstock
+from case_process import report, warm_device
 from penstock.bench import memory
 from penstock.bench.compare import compare, save_reference
 from penstock.bench.measure import link_rate, synchronize
@@ -88,16 +88,6 @@ def measure(name: str, options: Options) -> dict[str, Any]:
             stage["first_seconds"] = clips[0][stage["stage"]]["seconds"]
             judge(stage, [clip[stage["stage"]] for clip in outputs], name, options)
     return figures
-
-
-def warm_device(device: torch.device) -> None:
-    """Make the context and cuBLAS's workspace, which are nobody's."""
-    x = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
-    torch.nn.functional.linear(x, x)
-    del x
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Inputs:
@@ -207,20 +197,9 @@ def main() -> int:
     arguments = parser.parse_args()
     told = arguments.options
     options = Options(**{**told, "shape": Shape(**told["shape"])})
-    code = 0
-    try:
-        if arguments.case == "weights":
-            found = write_all(options)
-        else:
-            found = measure(arguments.case, options)
-    except UnavailableError as error:
-        found = {"unavailable": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-        code = 1
-    print(json.dumps(found, default=str), flush=True)
-    return code
+    if arguments.case == "weights":
+        return report(lambda: write_all(options))
+    return report(lambda: measure(arguments.case, options))
 
 
 if __name__ == "__main__":

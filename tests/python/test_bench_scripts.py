@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -53,3 +55,22 @@ def test_pipeline(tmp_path: Path) -> None:
     for each in (encoder, denoiser):
         assert each["bound_seconds"] > 0
         assert each["predicted_seconds"] > 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+def test_generate(tmp_path: Path) -> None:
+    found, out = run("generate.py", tmp_path, "--tokens", "6")
+    rows = {(row["case"], row["cap"]): row for row in found["rows"]}
+    assert found["broken"] == []
+    assert "accelerate places on a GPU" in out
+    ours = [rows["penstock", cap] for cap in found["caps"]]
+    assert len(ours) == 2
+    for row in ours:
+        assert row["same_tokens"] is True
+        assert len(row["tokens"]) == 6
+        assert found["weight_bytes"] > row["cap"] >= row["figures"]["ledger_peak"]
+        assert 0 < row["bound_bytes"] <= row["moved_bytes"]
+        assert f"{1 / row['seconds']:.2f}" in out
+    assert ours[0]["moved_bytes"] > ours[1]["moved_bytes"]  # the larger cap keeps more
