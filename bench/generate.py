@@ -46,7 +46,7 @@ def main() -> int:
     require_transformers("the benchmark's model", "bench")
     device = options.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     shape = dict(_SMALL if options.quick else _FULL)
     shape["layers"] = options.layers or shape["layers"]
     caps = options.caps or (_SMALL_CAPS if options.quick else _FULL_CAPS)

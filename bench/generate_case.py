@@ -208,7 +208,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     if name == "penstock-hard-cap":
         if device.type != "cuda":
             raise UnavailableError("a hard cap needs a GPU")
-        penstock.set_cap(options.cap)
+        penstock.set_cap(options.cap, device=options.device)
     figures: dict[str, Any] = {}
     with torch.no_grad(), ExitStack() as stack:
         warm_device(device)

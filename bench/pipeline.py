@@ -50,7 +50,7 @@ def main() -> int:
     cap = cap or max(1, round(total * 0.55))
     device = options.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"cap": cap, "weight_bytes": nbytes, "rows": []}
     deadline = time.monotonic() + options.total_limit
     say(f"{', '.join(f'{stage} {n / 1e9:.2f} GB' for stage, n in nbytes.items())}")

@@ -56,7 +56,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     if hard and device.type != "cuda":
         raise UnavailableError("a hard cap needs a GPU")
     if hard:
-        penstock.set_cap(options.cap)
+        penstock.set_cap(options.cap, device=options.device)
     torch.backends.cudnn.deterministic = True
     with torch.no_grad(), ExitStack() as stack:
         warm_device(device)
