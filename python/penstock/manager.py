@@ -30,7 +30,7 @@ from penstock.layout import Placement, lay_out
 from penstock.memory import FramesMemory, ManagedMemory, ModelMemory
 from penstock.on_call import OnCall
 from penstock.pager import Pager
-from penstock.parts import find_parts, select_modules
+from penstock.parts import Parts, find_parts, select_modules
 from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
 from penstock.residency import Residency
@@ -215,10 +215,7 @@ class MemoryManager:
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
-            parts = find_parts(
-                name, module, placements, pin=pin, stream=stream,
-                page_size=self.pager.page_size, cap=self.pager.cap,
-            )  # fmt: skip
+            parts = self._find_parts(name, module, placements, pin, stream)
             _announce_conversion(name, placements)
             memory = self._filled_memory(name, placements, nbytes, writable) if nbytes else None
             if memory is not None:
@@ -233,6 +230,19 @@ class MemoryManager:
     def _require_new(self, name: str) -> None:
         if name in self._models:
             raise ModelError(f"model {name!r} is registered already; unregister it first")
+
+    def _find_parts(
+        self,
+        name: str,
+        module: nn.Module,
+        placements: Sequence[Placement],
+        pin: Sequence[str],
+        stream: Sequence[str],
+    ) -> Parts:
+        page_size, cap = self._pager.page_size, self._pager.cap
+        return find_parts(
+            name, module, placements, pin=pin, stream=stream, page_size=page_size, cap=cap
+        )
 
     def _filled_memory(
         self, name: str, placements: list[Placement], nbytes: int, writable: bool
@@ -281,7 +291,14 @@ class MemoryManager:
                 memory.close()
             raise
 
-    def adopt(self, name: str, module: nn.Module) -> None:
+    def adopt(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        pin: Sequence[str] = (),
+        stream: Sequence[str] = (),
+    ) -> None:
         """Take over a module that is loaded: its weights move onto pager memory, one by one.
 
         There are never two copies of the model. `give_back` undoes it.
@@ -292,13 +309,16 @@ class MemoryManager:
             How the model is called from now on.
         module
             With its weights in ordinary memory, on any device.
+        pin, stream
+            Patterns of names of modules that are to stay, or to stream; see `register`.
 
         Raises
         ------
         ModelError
-            If the name is taken, or weights cannot move (on meta, sparse, quantized).
+            If the name is taken, weights cannot move (on meta, sparse, quantized), a pattern
+            matches no module, or one is pinned and streamed.
         CapExceededError
-            If the weights are more than `host_budget`.
+            If the weights are more than `host_budget`, or what is pinned more than the cap.
         DeviceError
             If there is no room for the region.
         """
@@ -310,7 +330,10 @@ class MemoryManager:
                     'use host="pinned", or register the module with its checkpoint'
                 )
             placements, nbytes, origin = survey(module, self.pager.page_size)
+            parts = self._find_parts(name, module, placements, pin, stream)
             write, memory = self._empty_memory(nbytes)
+            if memory is not None:
+                memory.parts = parts
             moved: list[Placement] = []
 
             def move(placement: Placement) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,6 +46,8 @@ def offload(
     pager: str = "auto",
     page_size: int | str | None = None,
     verify: bool = False,
+    pin: Sequence[str] = (),
+    stream: Sequence[str] = (),
 ) -> M:
     """Have a loaded module run on a device with at most `cap` bytes of its weights there.
 
@@ -60,6 +62,9 @@ def offload(
         A module with its weights in ordinary memory, on any device.
     cap, device, pager, page_size, verify
         See `MemoryManager`.
+    pin, stream
+        Patterns of names of modules that stay in place, and of those that stream even where there
+        is room for them; see `MemoryManager.register`.
 
     Returns
     -------
@@ -69,9 +74,11 @@ def offload(
     Raises
     ------
     ModelError
-        If it is offloaded already, or has weights that cannot move (on meta, sparse, quantized).
+        If it is offloaded already, has weights that cannot move (on meta, sparse, quantized), or a
+        pattern matches nothing.
     CapExceededError
-        If a step of it cannot run under the cap. The module is as it was then.
+        If a step of it cannot run under the cap, or what is pinned does not fit. The module is as
+        it was then.
 
     See Also
     --------
@@ -83,7 +90,7 @@ def offload(
     manager = MemoryManager(
         cap=cap, device=device, pager=pager, host="pinned", page_size=page_size, verify=verify
     )
-    manager.adopt(_NAME, model)
+    manager.adopt(_NAME, model, pin=pin, stream=stream)
     try:
         keep_acquired(manager, _NAME, adopted=True)
     except BaseException:

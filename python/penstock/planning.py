@@ -3,7 +3,9 @@
 The first plan is for the order in which modules are listed: a guess. From the first passes on it is
 for the order that is followed, and where entry points alternate (an encoder and a decoder), for
 two of them together, until one is called several times in a row. A plan for one order is made once
-more when a pass was traced, with the times that its steps took; then it is settled.
+more when a pass was traced, with the times that its steps took; then it is settled. Where the room
+changes later, the plan is by the times that are known, and a pass is traced again: only if it took
+another time, the plan follows.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from penstock.steps import Order, Steps
 __all__ = ["Planning", "too_large"]
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
+_ALIKE = 0.25  # parts by which a pass may differ from what is known of its time
 
 
 class _Phase(Enum):
@@ -51,6 +54,7 @@ class Planning:
         self._previous: Order | None = None  # of the pass before
         self._repeats = 0
         self._phase = _Phase.PLANNED
+        self._seconds: dict[Order, list[float]] = {}  # that steps took, where that is known
 
     def settled(self, order: Order) -> bool:
         """Whether the plan is for this order alone, and by its times."""
@@ -92,6 +96,7 @@ class Planning:
         self._orders = []
         self._previous = None
         self._phase = _Phase.PLANNED
+        self._seconds.clear()
 
     def improve(self, order: Order, *, steady: bool) -> None:
         """Plan for the order of the pass that has ended, or by its times, where that is better.
@@ -114,8 +119,9 @@ class Planning:
 
     def _plan_for(self, orders: list[Order]) -> None:
         pages = [used for order in orders for used in self._steps.pages_in_use(order)]
+        seconds = self._seconds.get(orders[0], []) if len(orders) == 1 else []
         try:
-            self._memory.arrange(pages, ())
+            self._memory.arrange(pages, seconds)
         except CapExceededError as error:
             places = [place for order in orders for place in order.places]
             (step, _), largest = max(zip(places, pages, strict=True), key=lambda each: len(each[1]))
@@ -137,8 +143,16 @@ class Planning:
             seconds = streamer.step_seconds()
             if seconds:
                 seconds += [0.0] * (len(order.places) - len(seconds))
-                self._memory.arrange(self._steps.pages_in_use(order), seconds[: len(order.places)])
+                self._follow_times(order, seconds[: len(order.places)])
                 self._phase = _Phase.SETTLED
+
+    def _follow_times(self, order: Order, seconds: list[float]) -> None:
+        """Plan by the times of a pass, unless the plan is by such times already."""
+        known = self._seconds.get(order)
+        if known is not None and abs(sum(seconds) - sum(known)) <= _ALIKE * sum(known):
+            return
+        self._memory.arrange(self._steps.pages_in_use(order), seconds)
+        self._seconds[order] = seconds
 
 
 def too_large(model: str, step: str, nbytes: int, error: CapExceededError) -> CapExceededError:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-TRIED = ("embeddings", "own_module", "text_generation")
+TRIED = ("custom_kernel", "embeddings", "own_module", "text_generation", "video_pipeline")
 
 
 def run(name: str, *arguments: str) -> None:
@@ -63,3 +63,18 @@ def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("embeddings", str(small_model(tmp_path, "bert")), "--cap", "6MiB")
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_video_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    run("video_pipeline", "--cap", "6MiB", "--width", "256", "--steps", "2")
+    out = capsys.readouterr().out
+    assert "temporal: 0.0 MiB, moved 0.0 MiB" in out
+    assert "32 frames of 512, the same bits: True" in out
+    assert "peak 6.00 MiB (100% of the cap)" in out
+
+
+def test_custom_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    run("custom_kernel", "--cap", "6MiB", "--width", "256")
+    out = capsys.readouterr().out
+    assert ": near: True" in out
+    assert "afterwards the same bits: True" in out

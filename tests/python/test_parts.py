@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import penstock
 from penstock import CapExceededError, MemoryManager, ModelError
 from python.support import KIB, PAGERS, build, pinned_pages, same_bits, state_of
 
@@ -37,12 +38,15 @@ EMBED, LAYER_0, HEAD = [0, 1, 2], [3], [9, 10]
 
 
 class Rig:
-    def __init__(self, pager: str, cap: int, **options: Any) -> None:
+    def __init__(self, pager: str, cap: int, *, adopt: bool = False, **options: Any) -> None:
         self.plain = build(Model)
         self.manager = MemoryManager(
             cap=cap * PAGE, device="cpu", pager=pager, page_size=PAGE, trace=True
         )
-        self.manager.register("m", lambda: Model().eval(), state_of(self.plain), **options)
+        if adopt:
+            self.manager.adopt("m", build(Model), **options)
+        else:
+            self.manager.register("m", lambda: Model().eval(), state_of(self.plain), **options)
 
     @property
     def memory(self) -> Any:
@@ -79,9 +83,14 @@ def pager(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["registered", "adopted"])
+def adopt(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("cap", [5, 6, 8])
-def test_what_is_pinned_stays(pager: str, cap: int) -> None:
-    rig = Rig(pager, cap, pin=["head", "layers.0"])
+def test_what_is_pinned_stays(pager: str, cap: int, adopt: bool) -> None:
+    rig = Rig(pager, cap, adopt=adopt, pin=["head", "layers.0"])
     with rig.manager.use("m") as module:
         rig.check(module, 3)
         before = rig.loads(HEAD + LAYER_0)
@@ -102,8 +111,8 @@ def test_patterns_reach_into_what_they_match(pager: str) -> None:
     assert list(rig.memory.parts.streamed) == HEAD
 
 
-def test_what_streams_does_so_where_there_is_room(pager: str) -> None:
-    rig = Rig(pager, PAGES + 4, stream=["embed*"])
+def test_what_streams_does_so_where_there_is_room(pager: str, adopt: bool) -> None:
+    rig = Rig(pager, PAGES + 4, adopt=adopt, stream=["embed*"])
     with rig.manager.use("m") as module:
         rig.check(module, 4)
         streamed, stayed = rig.loads(EMBED), rig.loads(list(range(3, PAGES)))
@@ -140,11 +149,11 @@ def test_what_is_pinned_counts_when_a_cap_is_divided(pager: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["pin", "stream"])
-def test_a_pattern_that_matches_nothing_is_refused(pager: str, option: str) -> None:
+def test_a_pattern_that_matches_nothing_is_refused(pager: str, adopt: bool, option: str) -> None:
     with pytest.raises(ModelError, match=r"'lm_\*' matches no module of model 'm'.*'embed'"):
-        Rig(pager, 8, **{option: ["head", "lm_*"]})
+        Rig(pager, 8, adopt=adopt, **{option: ["head", "lm_*"]})
     with pytest.raises(TypeError, match="patterns come as a sequence"):
-        Rig(pager, 8, **{option: "head"})
+        Rig(pager, 8, adopt=adopt, **{option: "head"})
 
 
 def test_contradictions_are_refused(pager: str) -> None:
@@ -157,3 +166,23 @@ def test_what_cannot_fit_is_refused_with_the_figures(pager: str) -> None:
         Rig(pager, 7, pin=["layers*"])
     assert (e.value.requested, e.value.cap) == (8 * PAGE, 7 * PAGE)
     Rig(pager, 8, pin=["layers*"])
+
+
+def test_parts_of_a_module_that_is_offloaded(pager: str) -> None:
+    plain, model = build(Model), build(Model)
+    options: dict[str, Any] = {"device": "cpu", "pager": pager, "page_size": PAGE}
+    with pytest.raises(ModelError, match="matches no module"):
+        penstock.offload(model, cap=6 * PAGE, pin=["tail"], **options)
+    with pytest.raises(CapExceededError, match="pinned"):
+        penstock.offload(model, cap=6 * PAGE, pin=["layers"], **options)
+    assert penstock.manager_of(model) is None
+    penstock.offload(model, cap=6 * PAGE, pin=["head"], stream=["embed"], **options)
+    manager = penstock.manager_of(model)
+    assert manager is not None
+    with torch.no_grad():
+        for _ in range(4):
+            assert same_bits(model(X), plain(X))
+    assert manager.stats().models["model"].memory.resident_bytes >= len(HEAD) * PAGE
+    assert manager.stats().peak <= 6 * PAGE
+    penstock.restore(model)
+    assert same_bits(model.state_dict(), plain.state_dict())

@@ -120,6 +120,19 @@ def test_a_model_that_fits_is_loaded_once() -> None:
     rig.end()
 
 
+def test_a_model_that_is_used_again_is_planned_for_by_what_is_known() -> None:
+    rig = Rig(40, layers=80)  # without times, a plan for these has a ring twice as large
+    moved = []
+    for _ in range(2):
+        with rig.manager.use("m") as model, torch.no_grad():
+            for _ in range(8):
+                before = rig.manager.stats().loaded_bytes
+                assert same_bits(model(X), rig.plain(X))
+                moved.append(rig.manager.stats().loaded_bytes - before)
+    assert moved[7] < moved[1]
+    assert moved[9] < moved[1]  # the one before it brought in what stays
+
+
 def test_the_smallest_cap_is_a_frame() -> None:
     rig = Rig(1)
     with rig.manager.use("m") as module:

@@ -384,7 +384,7 @@ def test_version_that_is_too_old(
 ) -> None:
     directory = saved("llama")
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    with pytest.raises(penstock.PenstockError, match=r"4\.57\.1 is too old.*transformers>=5.20"):
+    with pytest.raises(penstock.PenstockError, match=r"4\.57\.1 is too old.*transformers>=5.17"):
         load(directory)
 
 

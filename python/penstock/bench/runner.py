@@ -15,7 +15,7 @@ from typing import Any
 from penstock.bench.cases import Case
 from penstock.bench.options import CaseOptions
 
-__all__ = ["Row", "run_case", "run_cases"]
+__all__ = ["Row", "run_case", "run_cases", "run_for_json"]
 
 Row = dict[str, Any]
 """A case's name, options and figures; or `unavailable` or `failed`, with the reason."""
@@ -71,6 +71,17 @@ def _missing(case: Case, rows: Mapping[str, Row]) -> str:
 def run_case(kind: str, options: CaseOptions, time_limit: float) -> dict[str, Any]:
     """Run one case in a process of its own, and return its figures or the reason for none."""
     command = [sys.executable, "-m", "penstock.bench.case", kind, "--options", options.to_json()]
+    return run_for_json(command, time_limit)
+
+
+def run_for_json(command: Sequence[str], time_limit: float) -> dict[str, Any]:
+    """Run a command whose last line is a JSON object; return that, or `failed` with the reason.
+
+    Parameters
+    ----------
+    time_limit
+        Seconds after which the command is ended, with all that it has started.
+    """
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

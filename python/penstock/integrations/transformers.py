@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "register"]
 
 _CONVERTED = "pytorch_model.bin"
-_OLDEST = [5, 20]
+_OLDEST = [5, 17]
 
 
 def load(
