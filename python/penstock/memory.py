@@ -127,6 +127,10 @@ class ModelMemory(ABC):
         """Whether a model that is in place as a whole may be fixed there."""
         return True
 
+    def staying(self) -> list[int]:
+        """List the pages that may be fixed in place while the others stream."""
+        return []
+
     @abstractmethod
     def set_active(self, active: bool) -> None:
         """Say whether the model is in use; others take its pages only when they must."""
@@ -390,6 +394,13 @@ class FramesMemory(ModelMemory):
     @override
     def may_stay(self) -> bool:
         return self.pager.hard_cap is None or self.pager.hard_cap.is_roomy()
+
+    @override
+    def staying(self) -> list[int]:
+        """List the pages that the plan keeps; none where tensors may need their room."""
+        if not isinstance(self.plan, _core.Plan) or not self.may_stay():
+            return []
+        return list(self.plan.resident)
 
     @override
     def _own_stats(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ tensors are really read, whoever reads them, and their pages are made ready just
 module's step is learned (`learning`). In later passes hooks begin a step when its module is called,
 and open the tensors that it reads; whatever is read beside goes through the guard, and is a step of
 its own from then on. After a pass the plan is improved (`planning`). A model that is in place as a
-whole runs freely: it has no hooks but on its entry points.
+whole runs freely: it has no hooks but on its entry points. Where the rest streams, what the plan
+keeps is fixed in place once the plan is settled, and only the other modules have hooks.
 
 One model runs in one thread at a time; others wait for their turn. An interrupt (anything that is
 no `Exception`) ends calls without a word of it: those are ended by whoever comes next.
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -51,6 +53,15 @@ class _Call:
         self.begun: list[int] = []  # steps
         self.entries: Sequence[Entry] = ()  # opened
         self.read: set[int] = set()  # tensors, if observed
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What stays in place without steps."""
+
+    pages: list[int]
+    entries: list[Entry]  # of tensors that are on these pages alone
+    order: Order  # with the steps that are left out
 
 
 class Runner:
@@ -135,6 +146,9 @@ class Runner:
         self._saving: AbstractContextManager[Any] | None = None
         self._loaded_before = 0
         self._free = False  # all in place, nothing to do in steps
+        self._fixed: _Fixed | None = None
+        self._by_steps = False  # for good
+        self._changed = False  # in the midst of a pass, from fixed to steps
         self._hooks = Hooks(self._modules, holders)
         self._hook(range(len(self._modules)))
 
@@ -148,7 +162,7 @@ class Runner:
     @property
     def steps(self) -> list[str]:
         """Names of the steps in the order in which they are expected."""
-        return [self._steps.name(step) for step in self._followed.steps]
+        return [self._steps.name(step) for step in self._expected.steps]
 
     def step_name(self, step: int) -> str:
         """Name a step for people."""
@@ -156,7 +170,12 @@ class Runner:
 
     def least_frames(self) -> int:
         """Return the fewest pages that have to be in place at once."""
-        return self._planning.least_frames(self._followed)
+        return self._planning.least_frames(self._expected)
+
+    @property
+    def _expected(self) -> Order:
+        """The order of all steps."""
+        return self._fixed.order if self._fixed else self._followed
 
     @property
     def module(self) -> nn.Module:
@@ -166,11 +185,16 @@ class Runner:
     @property
     def settled(self) -> bool:
         """Whether the plan is final for the order that is followed."""
-        return self._free or self._planning.settled(self._followed)
+        return self._free or self._planning.settled(self._expected)
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """Let the next pass be captured in a graph, with all it loads."""
+        """Let the next pass be captured in a graph, with all it loads.
+
+        A graph needs its pages idle, so from now on nothing is fixed in place.
+        """
+        self._by_steps = True
+        self.attach()
         self._capturing = True
         self._streamer.set_capturing(True)
         try:
@@ -213,7 +237,7 @@ class Runner:
                 return True
             if self._capturing:
                 return False
-            if self._free:
+            if self._free or self._fixed:
                 if not self.turn.mine:
                     return False
                 self._go_by_steps()
@@ -250,7 +274,7 @@ class Runner:
 
     def _last_first(self) -> list[int]:
         """List all pages, in the reverse order of the expected pass."""
-        read = [page for pages in self._steps.pages_in_use(self._followed) for page in pages]
+        read = [page for pages in self._steps.pages_in_use(self._expected) for page in pages]
         return list(dict.fromkeys((*read, *self.memory.all_pages)))[::-1]
 
     def schedule(self) -> list[tuple[str, list[str], list[int]]]:
@@ -259,7 +283,7 @@ class Runner:
         return [
             (self._steps.name(step), sorted(names[i] for i in self._steps.tensors(step)), pages)
             for (step, _), pages in zip(
-                self._followed.places, self._steps.pages_in_use(self._followed), strict=True
+                self._expected.places, self._steps.pages_in_use(self._expected), strict=True
             )
         ]
 
@@ -287,7 +311,7 @@ class Runner:
         A model that runs freely just now keeps what it has.
         """
         with self.resting() as resting:
-            if not resting and self._free:
+            if not resting and (self._free or self._fixed):
                 return
             self.attach()
             self._guard.release_kept()
@@ -311,8 +335,8 @@ class Runner:
             self._unwinding = False
 
     def attach(self) -> None:
-        """Go back to running step by step, if the model ran freely."""
-        if not self._free:
+        """Go back to running step by step, if the model ran freely, or part of it did."""
+        if not self._free and self._fixed is None:
             return
         if self._calls:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
@@ -321,10 +345,16 @@ class Runner:
     def _go_by_steps(self) -> None:
         # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
-        self._guard.close(self._entries, training=True)
-        self.memory.region.core.end(self.memory.all_pages, self._stream())
+        fixed, self._fixed = self._fixed, None
+        training = self._free or any(module.training for module in self._modules)
+        self._guard.close(fixed.entries if fixed else self._entries, training=training)
+        pages = fixed.pages if fixed else self.memory.all_pages
+        self.memory.region.core.end(pages, self._stream())
         self._free = False
         self._hook(range(len(self._modules)))
+        if fixed:
+            self._changed = bool(self._calls)
+            self._follow(fixed.order)
 
     def hold_whole(self, module: nn.Module, whole: bool) -> None:
         """Have a module's step hold all tensors in it, from its call on; or as it was learned.
@@ -532,6 +562,12 @@ class Runner:
 
     def _begin_pass(self, entry: int) -> None:
         order = self._orders.get(entry)
+        if self._fixed:
+            if order is self._fixed.order and not self._guard.lost:
+                order = self._followed
+            else:
+                self._go_by_steps()
+        self._changed = False
         if self._guard.lost or order is None:
             self._binding.warn_if_moved()
         if not self._capturing and self.memory.pager.capturing():
@@ -572,7 +608,12 @@ class Runner:
             if own:
                 self._saving.__exit__(None, None, None)
             self._saving = None
-        if not failed:
+        if self._fixed:
+            steady = self._followed.places == tuple(self._called)
+            if not steady and not failed:
+                self._go_by_steps()
+                self._changed = True
+        elif not failed and not self._changed:
             if observed:
                 self._learn()
             known = self._orders.get(entry)
@@ -582,10 +623,41 @@ class Runner:
                 self._follow(self._orders[entry])
         self.memory.end_pass()
         self._streamer.end_pass(self._stream())
-        if not failed and not self._capturing:
-            self._planning.improve(self._followed, steady=steady)
-            if self.memory.fits() and self._streamer.stats().loaded_bytes == self._loaded_before:
+        if failed or self._capturing or self._changed or self._fixed:
+            return
+        self._planning.improve(self._followed, steady=steady)
+        if self._by_steps:
+            return
+        if self.memory.fits():
+            if self._streamer.stats().loaded_bytes == self._loaded_before:
                 self._run_freely()
+        elif steady and not self._tracing and self._planning.settled(self._followed):
+            self._fix()
+
+    def _fix(self) -> None:
+        """Fix in place what the plan keeps: then only the rest has steps."""
+        core = self.memory.region.core
+        pages = self.memory.staying()
+        stays = frozenset(pages)
+        order = self._steps.without(self._followed, stays)
+        steps = order.all_steps
+        if not order.places or len(steps) == len(self._followed.all_steps):
+            return
+        if not core.settled(pages):
+            return
+        # What is read now and then is a step by all of its tensors.
+        modules = range(len(self._modules))
+        beside = {i for step in steps if step not in modules for i in self._steps.tensors(step)}
+        entries = [
+            entry
+            for i, entry in enumerate(self._entries)
+            if i not in beside and stays.issuperset(entry.pages)
+        ]
+        core.begin(pages, self._stream())
+        self._guard.open(entries)
+        self._fixed = _Fixed(pages, entries, self._followed)
+        self._hook({0, *self._orders, *(step for step in steps if step in modules)})
+        self._follow(order)
 
     def _run_freely(self) -> None:
         core = self.memory.region.core

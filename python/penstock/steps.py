@@ -31,6 +31,11 @@ class Order:
         """The ids of the steps."""
         return [step for step, _ in self.places]
 
+    @property
+    def all_steps(self) -> set[int]:
+        """The ids of all steps in it, those around others included."""
+        return {each for step, outer in self.places for each in (step, *outer)}
+
 
 @dataclass
 class Steps:
@@ -72,6 +77,17 @@ class Steps:
         """List, for each place of an order, the pages of its step and of those around it."""
         found = {(step, outer): self.pages(step, *outer) for step, outer in set(order.places)}
         return [found[place] for place in order.places]
+
+    def without(self, order: Order, pages: frozenset[int]) -> Order:
+        """Return what is left of an order where pages stay in place and need no step."""
+        streams = {step: not pages.issuperset(self.pages(step)) for step in order.all_steps}
+        return Order(
+            tuple(
+                (step, tuple(each for each in outer if streams[each]))
+                for step, outer in order.places
+                if streams[step]
+            )
+        )
 
     def learn(self, module: int, read: Iterable[int]) -> bool:
         """Note what one call of a module read; return whether that changes its step.

@@ -696,3 +696,34 @@ def least_cap(run: Callable[[int], None], page: int, spare: int) -> None:
         break
     if spare:
         within(60, lambda: run(cap + spare))
+
+
+def test_what_stays_has_no_steps_once_the_plan_is_settled() -> None:
+    manager = MemoryManager(cap=8 * PAGE, device="cpu", pager="frames", page_size=PAGE)
+    plain = build(lambda: stack(10), 3)
+    wanted = plain(X).detach()
+    manager.register("m", lambda: stack(10).eval(), state_of(plain))
+    with torch.no_grad(), manager.use("m") as module:
+        for _ in range(8):
+            assert same_bits(module(X), wanted)
+        before = manager.stats().models["m"].memory
+        assert same_bits(module(X), wanted)
+        after = manager.stats().models["m"].memory
+        streamed = after.loaded_bytes - before.loaded_bytes
+        assert after.steps_run - before.steps_run < 10
+        assert streamed == after.planned_bytes
+        assert after.misses == before.misses
+        assert all(f"{layer}" in str(manager.schedule("m")) for layer in range(10))
+        # What is written to it is kept, and what others take of it comes back as steps.
+        with torch.no_grad():
+            for part in plain.parameters():
+                part.mul_(0.5)
+            for part in module.parameters():
+                part.mul_(0.5)
+        changed = plain(X).detach()
+        assert same_bits(module(X), changed)
+        manager.set_cap(4 * PAGE)
+        assert manager.stats().used <= 4 * PAGE
+        for _ in range(8):
+            assert same_bits(module(X), changed)
+    assert manager.stats().used == 0
