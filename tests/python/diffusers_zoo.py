@@ -201,6 +201,15 @@ KINDS = {
 }
 
 
+def make(name: str) -> Any:
+    """Make a pipeline with random weights in ordinary memory."""
+    torch.manual_seed(0)
+    pipeline = KINDS[name].make()
+    for part in modules(pipeline).values():
+        part.eval()
+    return pipeline
+
+
 def draw(pipeline: Any, name: str, **options: Any) -> torch.Tensor:
     """Call a pipeline with a seed."""
     pipeline.set_progress_bar_config(disable=True)

@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers", reason="pip install 'penstock[diffu
 transformers = pytest.importorskip("transformers")
 front_end = pytest.importorskip("penstock.integrations.diffusers")
 
-from python.diffusers_zoo import KINDS, draw, modules  # noqa: E402  diffusers is there
+from python.diffusers_zoo import KINDS, draw, make, modules  # noqa: E402  diffusers is there
 
 pytestmark = [  # diffusers' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -43,10 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
 
     def get(name: str) -> Saved:
         if name not in made:
-            torch.manual_seed(0)
-            pipeline = KINDS[name].make()
-            for part in modules(pipeline).values():
-                part.eval()
+            pipeline = make(name)
             directory = tmp_path_factory.mktemp(name)
             pipeline.save_pretrained(directory)
             made[name] = Saved(pipeline, directory, draw(pipeline, name))
