@@ -93,6 +93,29 @@ def test_callbacks_see_the_steps_and_change_them(saved: Callable[[str], Saved]) 
 
 
 @pytest.mark.parametrize("pager", PAGERS)
+def test_parts_that_are_used_once_leave_first(pager: str, saved: Callable[[str], Saved]) -> None:
+    """Then the part that is used in each step stays, if it fits."""
+
+    def look(pipeline: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append({name: model.memory for name, model in manager.stats().models.items()})
+        return {}
+
+    plain = saved("sdxl")
+    pipeline = load(plain.directory, 80, pager=pager)
+    manager = front_end.manager_of(pipeline)
+    for _ in range(2):
+        seen: list[dict[str, Any]] = []
+        assert same_bits(draw(pipeline, "sdxl", callback_on_step_end=look), plain.image)
+        first, *others = seen
+        for each in others:
+            assert each["unet"].loaded_bytes == first["unet"].loaded_bytes
+        held = {name: model.memory.resident_bytes for name, model in manager.stats().models.items()}
+        assert held["text_encoder"] == held["text_encoder_2"] == 0 < held["unet"]
+    stats = manager.stats()
+    assert sum(model.nbytes for model in stats.models.values()) > stats.cap >= stats.peak
+
+
+@pytest.mark.parametrize("pager", PAGERS)
 def test_tiled_and_sliced_vae(pager: str, saved: Callable[[str], Saved]) -> None:
     found = []
     for pipeline in (saved("sdxl").pipeline, load(saved("sdxl").directory, 9, pager=pager)):
