@@ -138,6 +138,12 @@ def _with_manager(
         if name == "encoder":
             with manager.keep_resident(name):  # from one prompt to the next
                 yield call_encoder
+        elif name == "denoiser":
+            module = manager.acquire(name)
+            try:
+                yield module
+            finally:  # what nobody else needs stays for the next clip
+                manager.release(name)
         elif name == "spatial":
             with manager.guest(name) as module:
                 yield module

@@ -21,7 +21,13 @@ Streamer::Streamer(std::shared_ptr<Region> region)
 
 Streamer::~Streamer() {
   region_->drop_observer(this);
-  for (const Open& step : open_) {
+  end_open();
+}
+
+void Streamer::end_open() noexcept {
+  while (!open_.empty()) {
+    const Open step = std::move(open_.back());
+    open_.pop_back();
     end_range(step.range);
     try {
       region_->end(*step.pages, step.stream);
@@ -162,6 +168,7 @@ void Streamer::prefetch() {
 
 void Streamer::begin_pass(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
+  end_open();
   if (const std::size_t count = upcoming_.order.size(); count > 0 && now_ % count != 0) {
     // The pass before ended early: go on at the beginning of the next.
     region_->advance(static_cast<StepIndex>(count - 1));
@@ -174,6 +181,7 @@ void Streamer::begin_pass(StreamHandle stream) {
 
 void Streamer::end_pass(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
+  end_open();
   ++passes_;
   if (capturing_) return;
   load_ahead();

@@ -59,7 +59,8 @@ class Streamer : private PageObserver {
   /// @param pages  For each place in the order, all pages in use there.
   void follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages);
 
-  /// A pass begins, at the first step of the order; the one before it has ended.
+  /// A pass begins, at the first step of the order; the one before it has ended. At both ends of a
+  /// pass, steps that are open are ended: whoever began them was interrupted before noting it.
   void begin_pass(StreamHandle stream);
   void end_pass(StreamHandle stream);
 
@@ -112,6 +113,7 @@ class Streamer : private PageObserver {
   void on_evict(PageIndex first, std::size_t count, const Event& start, const Event& end) override;
 
   // With mutex_ held.
+  void end_open() noexcept;
   void move_to(StepId id);
   void come_to(StepTime time);
   /// Goes as far as it can; `begin` meets the error again that stops it.

@@ -212,6 +212,21 @@ TEST(Streamer, StepsOutsideTheOrderAreCountedAndReadRight) {
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
+// Who begins a step may be interrupted before it has noted that.
+TEST(Streamer, StepsThatWereLeftOpenEndWithThePass) {
+  FramesStreaming run(1, 4, steps_of(12, 1), 12);
+  for (int pass = 0; pass < 3; ++pass) {
+    run.streamer.begin_pass(kCaller);
+    for (StepId id = 0; id < 3; ++id) run.streamer.begin(id, kCaller);
+    run.streamer.end(1, kCaller);
+    if (pass != 1) run.streamer.end_pass(kCaller);
+  }
+  EXPECT_EQ(run.region->stats().pinned_pages, 0U);
+  EXPECT_THROW(run.streamer.end(0, kCaller), ScheduleError);
+  run.run_pass();
+  EXPECT_EQ(run.look.wrong(), 0);
+}
+
 TEST(Streamer, WhatOtherReadsTookIsLoadedAheadAgain) {
   FramesStreaming run(0, 4, steps_of(12, 1), 12);
   run.streamer.prefetch();

@@ -172,6 +172,52 @@ def test_an_error_in_one_thread_lets_the_next_have_its_turn(
     rig.end()
 
 
+class Interrupted:
+    """A streamer at whose n-th call of one kind an interrupt comes, when the core has done it."""
+
+    def __init__(self, streamer: Any, method: str, after: int) -> None:
+        self._streamer = streamer
+        self._method = method
+        self._left = after
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._streamer, name)
+        if name != self._method:
+            return method
+
+        def call(*arguments: Any) -> Any:
+            method(*arguments)
+            self._left -= 1
+            if self._left == 0:
+                raise Interrupt
+
+        return call
+
+
+@pytest.mark.parametrize("method", ["begin", "end"])
+@pytest.mark.parametrize("after", [1, 3, 6, 9])
+def test_an_interrupt_between_a_step_and_its_note_spoils_nothing(
+    pager: str, method: str, after: int
+) -> None:
+    rig = Rig(pager, 3, a=6)
+    for passes in (0, 1, 3):
+        runner = rig.manager._models["a"].runner
+        assert runner is not None
+        streamer = runner._streamer
+        with pytest.raises(Interrupt), rig.manager.use("a"):
+            for _ in range(passes):
+                rig.check("a")
+            runner._streamer = Interrupted(streamer, method, after)  # type: ignore[assignment]
+            for _ in range(2):
+                rig.check("a")
+        runner._streamer = streamer
+        for _ in range(2):
+            rig.use("a", 3)
+        assert pinned_pages(rig.manager) == 0
+        assert rig.manager.stats().used == 0
+    rig.end()
+
+
 def test_a_thread_that_died_inside_a_call_stops_nobody(pager: str) -> None:
     """Also where the next thread has its number, as often happens."""
     rig = Rig(pager, 3, a=6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,137 +17,10 @@ from python.support import KIB, PAGERS, same_bits, state_of
 transformers = pytest.importorskip("transformers")
 front_end = pytest.importorskip("penstock.integrations.transformers")
 
+from python.transformers_zoo import IDS, kinds, save  # noqa: E402  transformers is there
+
 PAGE = 64 * KIB
-IDS = torch.arange(1, 13).view(2, 6) * 7 % 97 + 1
-SIZE = {
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
-DECODER = {**SIZE, "num_key_value_heads": 2, "vocab_size": 100, "pad_token_id": 0}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of model, small, and calls of it."""
-
-    model: str
-    config: str
-    options: dict[str, Any] = field(default_factory=dict)
-    run: Callable[[Any], object] = lambda model: _generate(model)
-    adjust: Callable[[Any], None] = lambda config: None
-
-
-def _generate(model: Any, **inputs: Any) -> object:
-    """Return logits, and what is generated: greedily, by sampling, and with beams."""
-    inputs = inputs or {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    extra = {}
-    if model.config.is_encoder_decoder:
-        extra["decoder_input_ids"] = IDS[:, :4]
-    found = [model(**inputs, **extra).logits]
-    same = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
-    found.append(model.generate(**inputs, **same, do_sample=False))
-    torch.manual_seed(5)
-    found.append(model.generate(**inputs, **same, do_sample=True, top_k=40, temperature=1.5))
-    return found
-
-
-def _images() -> torch.Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-VISION = {"image_size": 32, "patch_size": 8, **SIZE}
-KINDS = {
-    "llama": Kind("LlamaForCausalLM", "LlamaConfig", DECODER),
-    "llama, tied": Kind(
-        "LlamaForCausalLM", "LlamaConfig", {**DECODER, "tie_word_embeddings": True}
-    ),
-    "qwen2": Kind("Qwen2ForCausalLM", "Qwen2Config", DECODER),
-    "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "head_dim": 32}),
-    "mistral": Kind("MistralForCausalLM", "MistralConfig", {**DECODER, "sliding_window": 4}),
-    "mixtral": Kind("MixtralForCausalLM", "MixtralConfig", {**DECODER, "num_local_experts": 4}),
-    "gemma": Kind("GemmaForCausalLM", "GemmaConfig", {**DECODER, "head_dim": 32}),
-    "gemma2": Kind("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, "head_dim": 32}),
-    "gpt2": Kind(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 128, "n_layer": 3, "n_head": 4, "vocab_size": 100},
-    ),
-    "t5": Kind(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "d_model": 128,
-            "d_kv": 16,
-            "d_ff": 320,
-            "num_layers": 2,
-            "num_heads": 4,
-            "vocab_size": 100,
-            "decoder_start_token_id": 0,
-        },
-    ),
-    "bert": Kind(
-        "BertForMaskedLM",
-        "BertConfig",
-        {**SIZE, "vocab_size": 100},
-        lambda model: (model(IDS).logits, model(IDS[:, :3]).logits),
-    ),
-    "whisper": Kind(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {
-            "d_model": 128,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 320,
-            "decoder_ffn_dim": 320,
-            "vocab_size": 100,
-            "num_mel_bins": 8,
-            "max_source_positions": 16,
-            "max_target_positions": 24,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 3,
-        },
-        lambda model: _generate(
-            model,
-            input_features=torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(3)),
-        ),
-    ),
-    "vit": Kind(
-        "ViTForImageClassification", "ViTConfig", VISION, lambda model: model(_images()).logits
-    ),
-    "clip": Kind(
-        "CLIPModel",
-        "CLIPConfig",
-        {
-            "text_config": {**SIZE, "vocab_size": 100, "eos_token_id": 2},
-            "vision_config": VISION,
-            "projection_dim": 32,
-        },
-        lambda model: (
-            model(input_ids=IDS, pixel_values=_images()).logits_per_text,
-            model.get_text_features(input_ids=IDS).pooler_output,
-            model.get_image_features(pixel_values=_images()).pooler_output,
-        ),
-    ),
-}
-
-
-def save(kind: Kind, directory: Path, **options: Any) -> Path:
-    """Write a model of random weights, and return where."""
-    torch.manual_seed(0)
-    config = getattr(transformers, kind.config)(**kind.options)
-    model = getattr(transformers, kind.model)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from what a constructor gives
-            parameter.normal_(0, 0.2)
-    model.save_pretrained(directory, **options)
-    return directory
+KINDS = kinds()
 
 
 @pytest.fixture(scope="module")
