@@ -4,8 +4,7 @@ The first plan is for the order in which modules are listed: a guess. From the f
 for the order that is followed, and where entry points alternate (an encoder and a decoder), for
 two of them together, until one is called several times in a row. A plan for one order is made once
 more when a pass was traced, with the times that its steps took; then it is settled. Where the room
-changes later, the plan is by the times that are known, and a pass is traced again: only if it took
-another time, the plan follows.
+changes later, as when the model is used again, the plan is by the times that are known.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from penstock.steps import Order, Steps
 __all__ = ["Planning", "too_large"]
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
-_ALIKE = 0.25  # parts by which a pass may differ from what is known of its time
 
 
 class _Phase(Enum):
@@ -129,7 +127,7 @@ class Planning:
             nbytes = len(largest) * self._memory.pager.page_size
             raise too_large(self._name, step_name, nbytes, error) from None
         self._orders = orders
-        self._phase = _Phase.PLANNED
+        self._phase = _Phase.SETTLED if seconds else _Phase.PLANNED
 
     def _improve_by_times(self, order: Order) -> None:
         streamer = self._memory.streamer
@@ -143,16 +141,8 @@ class Planning:
             seconds = streamer.step_seconds()
             if seconds:
                 seconds += [0.0] * (len(order.places) - len(seconds))
-                self._follow_times(order, seconds[: len(order.places)])
-                self._phase = _Phase.SETTLED
-
-    def _follow_times(self, order: Order, seconds: list[float]) -> None:
-        """Plan by the times of a pass, unless the plan is by such times already."""
-        known = self._seconds.get(order)
-        if known is not None and abs(sum(seconds) - sum(known)) <= _ALIKE * sum(known):
-            return
-        self._memory.arrange(self._steps.pages_in_use(order), seconds)
-        self._seconds[order] = seconds
+                self._seconds[order] = seconds[: len(order.places)]
+                self._plan_for([order])
 
 
 def too_large(model: str, step: str, nbytes: int, error: CapExceededError) -> CapExceededError:
