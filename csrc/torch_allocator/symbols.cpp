@@ -1,5 +1,7 @@
 // The functions that torch calls. They are compiled into the extension itself and not into the
 // core: symbols of libraries do not leave it.
+#include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -128,6 +130,22 @@ void* penstock_base_alloc(void* address, std::size_t* size) {
     if (block && size != nullptr) *size = block->nbytes;
   });
   return address;
+}
+
+std::size_t penstock_largest_block(int device) {
+  std::size_t largest = 0;
+  quietly(device, [&](CachingAllocator& allocator) {
+    const AllocatorStats stats = allocator.stats();
+    const SideStats& all = stats.side(Side::kAll);
+    const std::int64_t cached =
+        all.reserved_bytes.current - all.active_bytes.current - all.inactive_split_bytes.current;
+    const std::size_t frame_size = allocator.pool()->frame_size();
+    const std::size_t frames =
+        static_cast<std::size_t>(std::max<std::int64_t>(cached, 0)) / frame_size +
+        allocator.pool()->budget().available() / frame_size;
+    largest = frames * frame_size;
+  });
+  return largest;
 }
 
 void penstock_begin_pool(int device, PenstockPoolId id, PenstockStreamFilter filter) {

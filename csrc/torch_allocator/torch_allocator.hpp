@@ -61,6 +61,8 @@ PENSTOCK_EXPORT void penstock_record_stream(void* address, void* stream);
 PENSTOCK_EXPORT void penstock_empty_cache();
 /// The block that starts at `address` and its size; size 0 where there is none.
 PENSTOCK_EXPORT void* penstock_base_alloc(void* address, std::size_t* size);
+/// The largest block that could be had without anybody making room, in bytes; whole frames only.
+PENSTOCK_EXPORT std::size_t penstock_largest_block(int device);
 PENSTOCK_EXPORT void penstock_begin_pool(int device, PenstockPoolId id,
                                          PenstockStreamFilter filter);
 PENSTOCK_EXPORT void penstock_end_pool(int device, PenstockPoolId id);

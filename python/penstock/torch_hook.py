@@ -19,6 +19,7 @@ from torch.backends import ContextProp
 from penstock import _core
 from penstock.errors import DeviceError
 from penstock.out_of_memory import find_thrower
+from penstock.torch_allocator import change_allocator
 
 __all__ = ["Served", "hook_torch", "is_hooked", "nested_stats"]
 
@@ -32,7 +33,7 @@ _HOOKS = {
 }
 
 
-_hook: list[Any] = []  # torch's object, for as long as the process lives
+_hook: list[Any] = []  # what torch calls, for as long as the process lives
 _served: dict[int, Served] = {}  # by ordinal
 
 
@@ -77,10 +78,16 @@ def hook_torch(ordinal: int, served: Served) -> None:
 
 
 def _change_allocator() -> None:
-    _core.set_torch_thrower(find_thrower())
+    thrower = find_thrower()
+    _core.set_torch_thrower(thrower)
     path = _core.__file__
-    hook = torch.cuda.memory.CUDAPluggableAllocator(path, "penstock_malloc", "penstock_free")
     library = ctypes.CDLL(path)
+    # While cuDNN tries what is fast, torch looks for its own out-of-memory error.
+    if thrower and change_allocator(library):
+        _hook.append(library)
+        _replace_functions()
+        return
+    hook = torch.cuda.memory.CUDAPluggableAllocator(path, "penstock_malloc", "penstock_free")
     inner: Any = hook.allocator()  # type: ignore[no-untyped-call]
     for setter, symbol in _HOOKS.items():
         address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
@@ -149,8 +156,8 @@ def _keep_benchmark_off() -> None:
     def refuse(wanted: bool) -> None:
         if wanted:
             warnings.warn(
-                "cuDNN's benchmark mode stays off under a hard cap: torch cannot tell it how much "
-                "memory it may try",
+                "cuDNN's benchmark mode stays off under this hard cap: torch cannot tell it how "
+                "much memory it may try; penstock.torch_allocator has logged why",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -54,6 +54,19 @@ TEST_F(TorchAllocator, MemoryComesFromTheAllocatorOfTheDevice) {
   EXPECT_EQ(setup_.device->suppressed_count(), 0U);
 }
 
+TEST_F(TorchAllocator, TheLargestBlockIsOneThatCanBeHad) {
+  const std::size_t all = penstock_largest_block(kDevice);
+  void* block = take(kFrame);
+  EXPECT_EQ(penstock_largest_block(kDevice), all - kFrame);
+  drop(block);  // cached, and free to be part of another
+  EXPECT_EQ(penstock_largest_block(kDevice), all);
+  block = take(all);
+  EXPECT_NE(block, nullptr);
+  EXPECT_EQ(penstock_largest_block(kDevice), 0U);
+  drop(block);
+  EXPECT_EQ(penstock_largest_block(kDevice + 1), 0U);
+}
+
 TEST_F(TorchAllocator, WhatTheThrowerThrowsReachesTheCaller) {
   EXPECT_THROW(take(5 * kFrame), std::runtime_error);
   torch_allocator::set_thrower(throw_out_of_memory);

@@ -198,6 +198,8 @@ def functions() -> ctypes.CDLL:
     library.penstock_empty_cache.restype = None
     library.penstock_base_alloc.argtypes = [pointer, ctypes.POINTER(size)]
     library.penstock_base_alloc.restype = pointer
+    library.penstock_largest_block.argtypes = [ctypes.c_int]
+    library.penstock_largest_block.restype = size
     return library
 
 
@@ -219,6 +221,15 @@ def test_symbols_serve_the_installed_allocator(
     assert allocator.stats()["reserved_bytes.all.current"] == 0
     assert functions.penstock_malloc(0, DEVICE, None) is None
     functions.penstock_free(None, 0, DEVICE, None)
+
+
+def test_largest_block_can_be_had(allocator: CachingAllocator, functions: ctypes.CDLL) -> None:
+    largest = functions.penstock_largest_block(DEVICE)
+    address = functions.penstock_malloc(largest, DEVICE, None)
+    assert functions.penstock_largest_block(DEVICE) == 0
+    functions.penstock_free(address, largest, DEVICE, None)  # cached from now on
+    assert functions.penstock_largest_block(DEVICE) == largest > 0
+    assert functions.penstock_largest_block(DEVICE + 1) == 0
 
 
 def test_every_symbol_is_exported(functions: ctypes.CDLL) -> None:

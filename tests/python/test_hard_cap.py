@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, DeviceError, _core, hard_cap, out_of_memory
+from penstock import CapExceededError, DeviceError, _core, hard_cap, out_of_memory, torch_allocator
 from penstock.hard_cap import HardCap
 from penstock.torch_hook import nested_stats
 from python.support import same_bits
@@ -235,6 +236,27 @@ def test_without_a_compiler_it_says_what_is_raised_instead(
         assert out_of_memory.find_thrower() == 0
     assert "RuntimeError" in caplog.text
     assert not any((tmp_path / "penstock").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["libtorch_cuda", "headers"])
+def test_what_cannot_be_built_for_torchs_allocator_changes_nothing(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lib").mkdir()
+    if missing == "headers":
+        (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(torch_allocator.cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch_allocator.sysconfig, "get_path", lambda _: str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert not torch_allocator.change_allocator(ctypes.CDLL(_core.__file__))
+    assert "benchmark mode stays off" in caplog.text
+    assert ("without CUDA" if missing == "libtorch_cuda" else "cuda_runtime_api.h") in caplog.text
+
+
+def test_core_has_the_functions_that_torchs_allocator_calls() -> None:
+    core = ctypes.CDLL(_core.__file__)
+    assert all(hasattr(core, name) for name in torch_allocator._FUNCTIONS)
 
 
 def test_cache_that_others_can_write_to_is_not_used(
