@@ -39,6 +39,7 @@ void Budget::add(Tag tag, std::size_t nbytes) {
   const auto i = static_cast<std::size_t>(tag);
   stats_.used += nbytes;
   stats_.used_by_tag[i] += nbytes;
+  stats_.charged += nbytes;
   ++stats_.version;
   stats_.peak = std::max(stats_.peak, stats_.used);
   stats_.peak_by_tag[i] = std::max(stats_.peak_by_tag[i], stats_.used_by_tag[i]);

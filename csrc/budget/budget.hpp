@@ -32,6 +32,7 @@ struct BudgetStats {
   std::array<std::size_t, kTagCount> peak_by_tag{};
   std::uint64_t refused = 0;     ///< Charges that did not fit (waits that gave up too).
   std::uint64_t version = 0;     ///< Grows with each charge and each release.
+  std::uint64_t charged = 0;     ///< All bytes that were ever charged, released ones too.
   std::uint32_t in_transit = 0;  ///< Who is about to make charged bytes real, or to release them.
 };
 

@@ -90,13 +90,17 @@ bool OutsideWatch::measure() {
   if (!device) {
     throw std::invalid_argument("this device cannot tell what the process holds on it");
   }
-  const auto outside = OutsideEstimate::outside_of(before, device->bytes, pool_->budget().stats());
+  const BudgetStats after = pool_->budget().stats();
+  const auto outside = OutsideEstimate::outside_of(before, device->bytes, after);
   const std::lock_guard lock(mutex_);
   ++stats_.looks;
-  if (!outside) return false;
   stats_.whole_device = device->whole_device;
-  stats_.held = estimate_.follow(*outside);
-  return true;
+  if (outside) {
+    stats_.held = estimate_.follow(*outside);
+  } else {
+    stats_.held = estimate_.follow_growth(OutsideEstimate::at_least(before, device->bytes, after));
+  }
+  return outside.has_value();
 }
 
 void OutsideWatch::charge(std::size_t wanted) {

@@ -29,8 +29,8 @@ __all__ = ["HardCap", "current_cap", "require_cap", "require_cuda", "set_cap"]
 
 _FRAME_SIZE = 2 << 20  # small, since one live block keeps a whole frame from everybody else
 _PASSES = 8  # for which memory has to be idle before weights may have it
-_RESERVE = 64 << 20  # bytes for what grows outside of the ledger between two looks
-_LEAST_PART = 64  # of the cap: one in so many is the reserve where that is less
+_RESERVE = 128 << 20  # bytes for what grows outside of the ledger between two looks
+_LEAST_PART = 48  # of the cap: one in so many is the reserve where that is less
 _LOOK = timedelta(seconds=10)  # the longest to wait for a look
 
 
@@ -223,7 +223,7 @@ def set_cap(
         Bytes of a frame; see `Pager`. Only with the first call.
     reserve
         Bytes to charge beyond what is measured: so much may such memory grow between two looks
-        without crossing the cap. If omitted, 64 MiB, or a 64th of the cap where that is less.
+        without crossing the cap. If omitted, 128 MiB, or a 48th of the cap where that is less.
 
     Raises
     ------

@@ -49,6 +49,20 @@ TEST(OutsideEstimate, ReadingsOfALedgerThatChangesDoNotCount) {
   EXPECT_FALSE(OutsideEstimate::outside_of(still, 150, moving));
 }
 
+TEST(OutsideEstimate, WhileTheLedgerChangesALeastAmountIsKnown) {
+  const BudgetStats before = ledger(100, 70, 3);
+  BudgetStats after = ledger(90, 70, 5);  // 20 were charged, and 30 released
+  after.charged = before.charged + 20;
+  EXPECT_EQ(OutsideEstimate::at_least(before, 150, after), 30U);
+  EXPECT_EQ(OutsideEstimate::at_least(before, 119, after), 0U);
+  OutsideEstimate estimate;
+  EXPECT_EQ(estimate.follow(20), 20U);
+  EXPECT_EQ(estimate.follow_growth(30), 30U);
+  for (std::size_t i = 0; i < 2 * OutsideEstimate::kReadings; ++i) {
+    EXPECT_EQ(estimate.follow_growth(10), 30U);  // less at least says nothing
+  }
+}
+
 TEST(OutsideEstimate, FollowsGrowthAtOnceAndShrinkageWhenItLasts) {
   OutsideEstimate estimate;
   EXPECT_EQ(estimate.follow(10), 10U);
