@@ -147,6 +147,7 @@ class Runner:
         self._loaded_before = 0
         self._free = False  # all in place, nothing to do in steps
         self._fixed: _Fixed | None = None
+        self._unfixed: Order | None = None  # one that was not followed when it was fixed
         self._by_steps = False  # for good
         self._changed = False  # in the midst of a pass, from fixed to steps
         self._hooks = Hooks(self._modules, holders)
@@ -512,7 +513,7 @@ class Runner:
             try:
                 self._end_call()
             finally:
-                if self._free and not self.memory.may_stay():
+                if (self._free or self._fixed) and not self.memory.may_stay():
                     self.attach()
                 if self._plan_later or self.memory.settle():
                     with suppress(CapExceededError):
@@ -611,6 +612,7 @@ class Runner:
         if self._fixed:
             steady = self._followed.places == tuple(self._called)
             if not steady and not failed:
+                self._unfixed = self._fixed.order
                 self._go_by_steps()
                 self._changed = True
         elif not failed and not self._changed:
@@ -631,8 +633,13 @@ class Runner:
         if self.memory.fits():
             if self._streamer.stats().loaded_bytes == self._loaded_before:
                 self._run_freely()
-        elif steady and not self._tracing and self._planning.settled(self._followed):
+        elif steady and self._may_fix(self._followed):
             self._fix()
+
+    def _may_fix(self, order: Order) -> bool:
+        """Whether what an order leaves in place may be fixed, as far as the plan is settled."""
+        known = self._planning.settled(order) and order is not self._unfixed
+        return known and not self._tracing
 
     def _fix(self) -> None:
         """Fix in place what the plan keeps: then only the rest has steps."""
