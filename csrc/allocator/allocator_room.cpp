@@ -180,6 +180,7 @@ std::size_t CachingAllocator::give_back(std::size_t nbytes) {
 }
 
 std::size_t CachingAllocator::empty_cache() {
+  overflow_.empty_cache();
   return give_frames(std::numeric_limits<std::size_t>::max());
 }
 

@@ -1,5 +1,5 @@
 // What the allocator counts, under the names that torch.cuda.memory_stats has for it. A segment is
-// a frame here. Updated under the allocator's lock.
+// a frame here, or a block that overflowed to the host. Updated under the allocator's lock.
 #pragma once
 
 #include <algorithm>
@@ -39,11 +39,11 @@ struct Stat {
 /// The figures of blocks of one kind. Bytes are those of blocks, unless they are said to be others.
 struct SideStats {
   Stat allocation;            ///< Blocks handed out and not freed.
-  Stat segment;               ///< Frames.
+  Stat segment;               ///< Frames, and blocks on the host.
   Stat active;                ///< Blocks handed out, and freed ones that other streams may use.
   Stat inactive_split;        ///< Free pieces of frames that are in use; as of the last look.
   Stat allocated_bytes;       ///< Of what `allocation` counts.
-  Stat reserved_bytes;        ///< Of frames.
+  Stat reserved_bytes;        ///< Of what `segment` counts.
   Stat active_bytes;          ///< Of what `active` counts.
   Stat inactive_split_bytes;  ///< Of what `inactive_split` counts.
   Stat requested_bytes;       ///< As asked for, of what `active` counts.

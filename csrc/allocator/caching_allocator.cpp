@@ -56,6 +56,7 @@ CachingAllocator::CachingAllocator(std::shared_ptr<FramePool> pool,
       device_(pool_->device()),
       arena_bytes_(arena_bytes),
       events_(device_, Timing::kOff),
+      overflow_(device_),
       held_(device_) {
   parts_.device = device_;
   parts_.frame_size = pool_->frame_size();
@@ -100,7 +101,8 @@ void* CachingAllocator::hand_out(Block* block, std::size_t requested) {
     figures.active_bytes.increase(block->nbytes);
     figures.requested_bytes.increase(requested);
   });
-  most_active_ = std::max(most_active_, parts_.stats.side(Side::kAll).active_bytes.current);
+  most_active_ =
+      std::max(most_active_, parts_.stats.side(Side::kAll).active_bytes.current - overflowed_);
   return block->start;
 }
 
@@ -158,6 +160,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     lock.lock();
   }
   frames.clear();  // so that the numbers are without them
+  if (void* address = take_overflow(lock, requested, stream)) return address;
   ++parts_.stats.num_ooms;
   if (pressure_.listening()) pressure_.note_refusal(requested, pool_->budget().stats());
   throw refusal(requested);
@@ -165,9 +168,12 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
 
 // ---- freeing -----------------------------------------------------------------------------------
 
-Block* CachingAllocator::live_block(void* address, const char* what) {
+Block* CachingAllocator::live_block(const void* address) const {
   Block* block = parts_.blocks.find(address);
-  if (block != nullptr && block->state == BlockState::kLive) return block;
+  return block != nullptr && block->state == BlockState::kLive ? block : nullptr;
+}
+
+void CachingAllocator::refuse_unknown(void* address, const char* what) {
   throw std::invalid_argument(std::string(what) + ": " + hexadecimal(address) +
                               " is not the address of a live block");
 }
@@ -186,7 +192,11 @@ void CachingAllocator::recycle(Block* block) {
 void CachingAllocator::free(void* address) {
   if (address == nullptr) return;
   const std::lock_guard lock(mutex_);
-  Block* block = live_block(address, "free");
+  Block* block = live_block(address);
+  if (block == nullptr) {
+    if (!free_overflow(address)) refuse_unknown(address, "free");
+    return;
+  }
   parts_.stats.apply(block->arena->side(), [&](SideStats& figures) {
     figures.allocation.decrease(1);
     figures.allocated_bytes.decrease(block->nbytes);
@@ -204,7 +214,11 @@ void CachingAllocator::free(void* address) {
 void CachingAllocator::record_stream(void* address, StreamHandle stream) {
   if (address == nullptr) return;
   const std::lock_guard lock(mutex_);
-  Block* block = live_block(address, "record_stream");
+  Block* block = live_block(address);
+  if (block == nullptr) {
+    if (!overflow_.record_stream(address, stream)) refuse_unknown(address, "record_stream");
+    return;
+  }
   if (block->arena->stream().value == stream.value) return;
   auto& streams = recorded_[block];
   block->recorded = true;
@@ -233,6 +247,7 @@ std::vector<LiveBlock> CachingAllocator::live_blocks() const {
     parts_.blocks.for_each([&](const Block& block) {
       if (block.state == BlockState::kLive) live.push_back(describe(block));
     });
+    overflow_.add_live(live);
   }
   std::sort(live.begin(), live.end(),
             [](const LiveBlock& a, const LiveBlock& b) { return a.sequence < b.sequence; });
@@ -241,9 +256,8 @@ std::vector<LiveBlock> CachingAllocator::live_blocks() const {
 
 std::optional<LiveBlock> CachingAllocator::find_block(const void* address) const {
   const std::lock_guard lock(mutex_);
-  const Block* block = parts_.blocks.find(address);
-  if (block == nullptr || block->state != BlockState::kLive) return std::nullopt;
-  return describe(*block);
+  if (const Block* block = live_block(address)) return describe(*block);
+  return overflow_.find(address);
 }
 
 std::vector<LiveBlock> CachingAllocator::largest_blocks(std::size_t count) const {
@@ -251,6 +265,7 @@ std::vector<LiveBlock> CachingAllocator::largest_blocks(std::size_t count) const
   parts_.blocks.for_each([&](const Block& block) {
     if (block.state == BlockState::kLive) live.push_back(describe(block));
   });
+  overflow_.add_live(live);
   const auto end = live.begin() + static_cast<std::ptrdiff_t>(std::min(count, live.size()));
   std::partial_sort(live.begin(), end, live.end(), [](const LiveBlock& a, const LiveBlock& b) {
     return a.nbytes != b.nbytes ? a.nbytes > b.nbytes : a.sequence < b.sequence;
@@ -269,12 +284,16 @@ CapExceededError CachingAllocator::refusal(std::size_t requested) const {
     text += std::string(", ") + tag_name(static_cast<Tag>(i)) + " " +
             format_bytes(ledger.used_by_tag[i]);
   }
-  const auto held = static_cast<std::size_t>(all.reserved_bytes.current);
-  const auto live = static_cast<std::size_t>(all.allocated_bytes.current);
-  const auto active = static_cast<std::size_t>(all.active_bytes.current);
+  const auto held = static_cast<std::size_t>(all.reserved_bytes.current - overflowed_);
+  const auto live = static_cast<std::size_t>(all.allocated_bytes.current - overflowed_);
+  const auto active = static_cast<std::size_t>(all.active_bytes.current - overflowed_);
   text += ". Of the activations " + format_bytes(live) + " are in live blocks, " +
           format_bytes(active - live) + " freed but still used by other streams, and " +
           format_bytes(held - active) + " free in pieces or kept for graphs.";
+  if (const OverflowStats overflow = overflow_.stats(); overflow.limit > 0) {
+    text += " Of the host's memory " + format_bytes(overflow.held) + " of " +
+            format_bytes(overflow.limit) + " are taken.";
+  }
   const std::vector<LiveBlock> largest = largest_blocks(kLargest);
   for (std::size_t i = 0; i < largest.size(); ++i) {
     text += (i == 0 ? " The largest blocks: " : ", ") + format_bytes(largest[i].nbytes);
@@ -287,8 +306,9 @@ CapExceededError CachingAllocator::refusal(std::size_t requested) const {
 std::size_t CachingAllocator::take_idle_bytes() {
   const std::lock_guard lock(mutex_);
   const SideStats& all = parts_.stats.side(Side::kAll);
-  const std::int64_t needed = std::exchange(most_active_, all.active_bytes.current);
-  return static_cast<std::size_t>(std::max<std::int64_t>(0, all.reserved_bytes.current - needed));
+  const std::int64_t needed = std::exchange(most_active_, all.active_bytes.current - overflowed_);
+  const std::int64_t idle = all.reserved_bytes.current - overflowed_ - needed;
+  return static_cast<std::size_t>(std::max<std::int64_t>(0, idle));
 }
 
 std::size_t CachingAllocator::peak_active_bytes() const {

@@ -10,7 +10,8 @@
 // fit among what is mapped for the stream; new frames, while the cap allows; frames that this
 // allocator holds for other streams or at other addresses and that nobody uses, after their
 // stream's work is over; blocks that are held back, after a wait; frames of others (RoomSource).
-// Only then is a request refused, and nothing has changed but that caches are smaller.
+// Then, where the user allows it, a large request is served from the host's memory (Overflow). Only
+// then is a request refused, and nothing has changed but that caches are smaller.
 //
 // Private pools: while one is begun, requests on the streams that its filter names are served from
 // arenas of its own, because a graph that is captured there uses their addresses whenever it is
@@ -38,6 +39,8 @@
 #include "allocator/arena.hpp"
 #include "allocator/heap.hpp"
 #include "allocator/hold_back.hpp"
+#include "allocator/live_block.hpp"
+#include "allocator/overflow.hpp"
 #include "allocator/pressure_log.hpp"
 #include "allocator/pressure_turn.hpp"
 #include "error/error.hpp"
@@ -49,16 +52,6 @@ struct AllocatorOptions {
   /// Addresses reserved at a time, by side; 0: as suits the device. More where a block needs more.
   std::size_t small_arena_bytes = 0;
   std::size_t large_arena_bytes = 0;
-};
-
-/// A block that somebody has.
-struct LiveBlock {
-  void* address = nullptr;
-  std::size_t nbytes = 0;
-  std::size_t requested = 0;
-  StreamHandle stream;
-  std::uint64_t sequence = 0;  ///< Grows with time.
-  PoolId pool;                 ///< Zeros: the common pool.
 };
 
 class CachingAllocator : public RoomSource {
@@ -111,12 +104,16 @@ class CachingAllocator : public RoomSource {
   /// The live block that starts at an address, if any.
   std::optional<LiveBlock> find_block(const void* address) const;
 
+  /// What large requests get when the cap is full; nothing unless it is given a limit. Blocks come
+  /// and go through the allocator.
+  Overflow& overflow() noexcept { return overflow_; }
   const std::shared_ptr<FramePool>& pool() const noexcept { return pool_; }
   /// What happened where memory was short; for as long as the allocator lives.
   PressureLog& pressure() noexcept { return pressure_; }
 
  private:
   using Lock = std::unique_lock<std::mutex>;
+  static constexpr std::size_t kLeastOverflow = std::size_t{1} << 20;
   struct Begun {
     BlockPool* pool;
     StreamFilter filter;
@@ -130,13 +127,16 @@ class CachingAllocator : public RoomSource {
   BlockPool& pool_of(StreamHandle stream);
   Heap& heap_of(StreamHandle stream);
   void* hand_out(Block* block, std::size_t requested);
-  Block* live_block(void* address, const char* what);
+  Block* live_block(const void* address) const;
+  [[noreturn]] static void refuse_unknown(void* address, const char* what);
   void recycle(Block* block);
   void retire();
   bool take_frames(std::size_t count, std::vector<Frame>& frames);
   CapExceededError refusal(std::size_t requested) const;
   std::vector<LiveBlock> largest_blocks(std::size_t count) const;
   static LiveBlock describe(const Block& block);
+  void* take_overflow(Lock& lock, std::size_t requested, StreamHandle stream);
+  bool free_overflow(void* address);
   template <typename Visit>
   void for_each_pool(Visit visit) {
     visit(common_);
@@ -159,6 +159,7 @@ class CachingAllocator : public RoomSource {
   PressureTurn turn_;
   PressureLog pressure_;
   EventPool events_;
+  Overflow overflow_;  // its lock is taken under mutex_, never the other way round
 
   mutable std::mutex mutex_;
   ArenaParts parts_;
@@ -170,7 +171,8 @@ class CachingAllocator : public RoomSource {
   std::vector<Block*> retired_;  // kept for its memory
   std::unordered_map<const Block*, std::vector<StreamHandle>> recorded_;
   std::uint64_t sequence_ = 0;
-  std::int64_t most_active_ = 0;  // bytes, since take_idle_bytes
+  std::int64_t most_active_ = 0;  // bytes of frames, since take_idle_bytes
+  std::int64_t overflowed_ = 0;   // bytes in live blocks beside frames
 };
 
 }  // namespace penstock

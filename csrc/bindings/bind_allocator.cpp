@@ -94,6 +94,12 @@ void bind_allocator(py::module_& module) {
       .def_readonly("available", &PressureEvent::available)
       .def_readonly("given", &PressureEvent::given);
 
+  py::class_<OverflowStats>(module, "OverflowStats", "Host memory in tensors' place; in bytes.")
+      .def_readonly("limit", &OverflowStats::limit)
+      .def_readonly("live", &OverflowStats::live)
+      .def_readonly("peak", &OverflowStats::peak)
+      .def_readonly("held", &OverflowStats::held);
+
   py::class_<CachingAllocator, std::shared_ptr<CachingAllocator>>(
       module, "CachingAllocator",
       "Gives out device memory of frames under the cap, in the order of streams. Thread-safe.")
@@ -139,6 +145,16 @@ void bind_allocator(py::module_& module) {
             allocator.release_pool(pool_id(pool));
           },
           py::arg("pool"), without_gil, "Let go of a pool that was begun.")
+      .def(
+          "set_overflow_limit",
+          [](CachingAllocator& allocator, std::size_t nbytes) {
+            allocator.overflow().set_limit(nbytes);
+          },
+          py::arg("nbytes"), "Let large requests take so much of the host's memory; 0: none.")
+      .def(
+          "overflow_stats",
+          [](CachingAllocator& allocator) { return allocator.overflow().stats(); },
+          "Read how much of it they have.")
       .def("take_idle_bytes", &CachingAllocator::take_idle_bytes, without_gil,
            "Return bytes of frames that nothing has needed since the last call.")
       .def_property_readonly("peak_active_bytes", &CachingAllocator::peak_active_bytes,

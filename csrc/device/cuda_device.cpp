@@ -229,6 +229,12 @@ void CudaDevice::managed_seal(void* address, std::size_t nbytes) {
   cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
 }
 
+void CudaDevice::managed_stay(void* address, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  // Beside the preferred location, which is the host: the device maps the pages there.
+  cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetAccessedBy, info_.ordinal);
+}
+
 void CudaDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
   const SelectDevice selected(info_.ordinal);
   cuda_api::mem_prefetch(address, nbytes, info_.ordinal, native(stream));

@@ -48,6 +48,7 @@ class CudaDevice : public Device {
                     std::size_t nbytes) override;
   void managed_write(void* address, const void* source, std::size_t nbytes) override;
   void managed_seal(void* address, std::size_t nbytes) override;
+  void managed_stay(void* address, std::size_t nbytes) override;
   void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_evict(void* address, std::size_t nbytes, Access access,
                      StreamHandle stream) override;

@@ -135,6 +135,9 @@ class Device {
   /// Declares that the range holds its bytes and will mostly be read; needed once, before the first
   /// prefetch of a kReadMostly range. Filling is many times faster before than after it.
   virtual void managed_seal(void* address, std::size_t nbytes) = 0;
+  /// Has the device reach the range where it is, on the host, instead of moving pages to where they
+  /// are used: what is written stays there, and none of it is ever resident.
+  virtual void managed_stay(void* address, std::size_t nbytes) = 0;
   /// Makes the range resident, as work of `stream`.
   virtual void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) = 0;
   /// Takes the range off the device, keeping its bytes; complete when `stream` is. The caller sees

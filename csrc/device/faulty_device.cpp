@@ -150,6 +150,10 @@ void FaultyDevice::managed_seal(void* address, std::size_t nbytes) {
   enter("managed_seal");
   inner_->managed_seal(address, nbytes);
 }
+void FaultyDevice::managed_stay(void* address, std::size_t nbytes) {
+  enter("managed_stay");
+  inner_->managed_stay(address, nbytes);
+}
 void FaultyDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
   enter("managed_prefetch");
   inner_->managed_prefetch(address, nbytes, stream);

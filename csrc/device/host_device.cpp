@@ -184,6 +184,8 @@ void HostDevice::managed_write(void* address, const void* source, std::size_t nb
 
 void HostDevice::managed_seal(void* /*address*/, std::size_t /*nbytes*/) {}
 
+void HostDevice::managed_stay(void* /*address*/, std::size_t /*nbytes*/) {}
+
 void HostDevice::managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) {
   submit(stream, [this, address, nbytes] { managed_.populate(address, nbytes); });
 }

@@ -56,6 +56,8 @@ class CapStats:
         Frames of models that hold pages of their own, and those through which pages stream.
     activations, cached
         Live blocks of torch's, and what the allocator has in frames beyond them.
+    overflow
+        Live blocks on the host, beside the cap and not in `used`.
     workspace
         Anything else that was charged by name.
     outside, reserve
@@ -84,6 +86,7 @@ class CapStats:
     workspace: int
     outside: int
     reserve: int
+    overflow: int
     refused: int
     out_of_memory: int
     room_made: int
@@ -99,6 +102,8 @@ class CapStats:
         for name in ("weights", "ring", "activations", "cached", "workspace", "outside", "reserve"):
             nbytes: int = getattr(self, name)
             lines.append(f"  {name:<12} {format_bytes(nbytes):>12} {nbytes / self.cap:7.1%}")
+        if self.overflow > 0:
+            lines.append(f"  {'on the host':<12} {format_bytes(self.overflow):>12}")
         lines.append(
             f"  {format_bytes(self.room_made)} of room made for tensors, "
             f"{self.out_of_memory} requests refused"
@@ -132,7 +137,9 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
         for name, model in manager.stats().models.items():
             models[name if name not in models else f"{name} ({len(models)})"] = model
     ring = min(by_tag["weights"], sum(model.memory.ring_bytes for model in models.values()))
-    live = min(by_tag["activations"], torch_stats["allocated_bytes.all.current"])
+    overflow = cap.allocator.overflow_stats().live
+    on_device = max(0, torch_stats["allocated_bytes.all.current"] - overflow)
+    live = min(by_tag["activations"], on_device)
     outside = cap.watch.stats() if cap.watch is not None else None
     reserve = max(0, outside.charged - outside.held) if outside is not None else 0
     reserve = min(by_tag["outside"], reserve)
@@ -147,6 +154,7 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
         workspace=by_tag["workspace"] + by_tag["cache"],
         outside=by_tag["outside"] - reserve,
         reserve=reserve,
+        overflow=overflow,
         refused=ledger.refused,
         out_of_memory=torch_stats["num_ooms"],
         room_made=cap.allocator.given_bytes,

@@ -2,16 +2,18 @@
 
 `set_cap` puts an allocator of Penstock's under torch, on the same frames that weights stream
 through. Before it refuses a request it makes room: cached frames first, then weights of models that
-nobody uses, then residents by next use, then frames of the ring down to what a step needs. Managers
-made without a cap of their own share what is left. What the process holds beyond the ledger (the
-CUDA context, kernels, libraries that ask the driver themselves) is watched and charged as well.
+nobody uses, then residents by next use, then frames of the ring down to what a step needs. What
+large requests still lack they can have of the host, if that was chosen. Managers made without a cap
+of their own share what is left. What the process holds beyond the ledger (the CUDA context,
+kernels, libraries that ask the driver themselves) is watched and charged as well.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakSet, finalize
 
 import torch
@@ -25,13 +27,16 @@ from penstock.torch_hook import hook_torch, is_hooked
 if TYPE_CHECKING:
     from penstock.manager import MemoryManager
 
-__all__ = ["HardCap", "current_cap", "require_cap", "require_cuda", "set_cap"]
+__all__ = ["HardCap", "Overflow", "current_cap", "require_cap", "require_cuda", "set_cap"]
+
+Overflow = Literal["refuse", "managed"]
 
 _FRAME_SIZE = 2 << 20  # small, since one live block keeps a whole frame from everybody else
 _PASSES = 8  # for which memory has to be idle before weights may have it
 _RESERVE = 128 << 20  # bytes for what grows outside of the ledger between two looks
 _LEAST_PART = 48  # of the cap: one in so many is the reserve where that is less
 _LOOK = timedelta(seconds=10)  # the longest to wait for a look
+_OVERFLOW_PART = 4  # of the host's memory: one in so many is what tensors may take of it
 
 
 class HardCap:
@@ -65,6 +70,8 @@ class HardCap:
         granularity = self.pager.core_device.info().frame_granularity
         frame_size = min(self.pager.page_size, max(granularity, _FRAME_SIZE))
         self.allocator = _core.CachingAllocator(self.pager.frames.beside(frame_size))
+        free = self.pager.core_device.memory_info().free_bytes
+        self._default_overflow = min(_host_bytes() // _OVERFLOW_PART, free // 2)
         self.watch = self._watch_outside(reserve)
         self._idle: deque[int] = deque(maxlen=_PASSES)
         self.pager.hard_cap = self
@@ -80,6 +87,29 @@ class HardCap:
         watch = _core.OutsideWatch(self.pager.frames, nbytes)
         finalize(self, watch.stop)  # at the latest when the interpreter ends
         return watch
+
+    def set_overflow(self, overflow: Overflow, limit: int | str | None = None) -> None:
+        """Say what happens to a large request for which no room can be made; see `set_cap`.
+
+        Raises
+        ------
+        ValueError
+            If `overflow` is none of the choices, or a limit is given for none.
+        DeviceError
+            If the device has no managed memory that host and device can use at the same time.
+        """
+        if overflow not in ("refuse", "managed"):
+            raise ValueError(f'overflow is "refuse" or "managed", not {overflow!r}')
+        if overflow == "refuse":
+            if limit is not None:
+                raise ValueError('overflow_limit goes with overflow="managed"')
+            self.allocator.set_overflow_limit(0)
+            return
+        reason = self.pager.core_device.info().no_managed_reason
+        if reason:
+            raise DeviceError(f"tensors cannot overflow here: {reason}", call="set_cap", code=0)
+        nbytes = self._default_overflow if limit is None else parse_bytes(limit)
+        self.allocator.set_overflow_limit(nbytes)
 
     def set_reserve(self, reserve: int | str) -> None:
         """Change what is charged beyond what the process holds outside of the ledger."""
@@ -189,6 +219,10 @@ class HardCap:
         return budget.available >= needed
 
 
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _parse_reserve(reserve: int | str) -> int:
     return 0 if reserve == 0 else parse_bytes(reserve)
 
@@ -202,6 +236,8 @@ def set_cap(
     device: str | torch.device = "cuda",
     page_size: int | str | None = None,
     reserve: int | str | None = None,
+    overflow: Overflow | None = None,
+    overflow_limit: int | str | None = None,
 ) -> None:
     """Cap what this process holds of a GPU, all that torch allocates included.
 
@@ -224,11 +260,19 @@ def set_cap(
     reserve
         Bytes to charge beyond what is measured: so much may such memory grow between two looks
         without crossing the cap. If omitted, 128 MiB, or a 48th of the cap where that is less.
+    overflow
+        What a request of a mebibyte or more gets when no room can be made for it: `"refuse"`, an
+        error, which is how it is at first; `"managed"`, memory of the host that the GPU reaches
+        over the link, many times slower than its own. If omitted, it stays as it is.
+    overflow_limit
+        The most bytes of the host's memory that tensors may have so. If omitted, a quarter of it,
+        or half of what was free on the GPU at the first call where that is less.
 
     Raises
     ------
     DeviceError
-        If there is no such GPU, or torch has allocated on a GPU already.
+        If there is no such GPU, or torch has allocated on a GPU already, or tensors cannot overflow
+        there.
     CapExceededError
         If the cap is lowered below what is in use, or has no room for what the process holds
         already and the reserve.
@@ -243,6 +287,7 @@ def set_cap(
         known.set_cap(cap)
         if reserve is not None:
             known.set_reserve(reserve)
+        _apply_overflow(known, overflow, overflow_limit)
         return
     require_cuda(device, "a hard cap", "Give MemoryManager a cap of its own instead.")
     if uses_cuda() and not is_hooked():
@@ -253,9 +298,17 @@ def set_cap(
             code=0,
         )
     hard_cap = HardCap(cap, device=device, page_size=page_size, reserve=reserve)
+    _apply_overflow(hard_cap, overflow, overflow_limit)
     ordinal = hard_cap.pager.core_device.info().ordinal
     hook_torch(ordinal, hard_cap)
     _caps[ordinal] = hard_cap
+
+
+def _apply_overflow(cap: HardCap, overflow: Overflow | None, limit: int | str | None) -> None:
+    if overflow is not None:
+        cap.set_overflow(overflow, limit)
+    elif limit is not None:
+        raise ValueError('overflow_limit goes with overflow="managed"')
 
 
 def require_cuda(device: str | torch.device, what: str, remedy: str) -> None:

@@ -52,6 +52,11 @@ def driver_used():
     return total - free
 
 
+def held_by_others(hard_cap):
+    ledger = hard_cap.pager.budget.stats()
+    return driver_used() - hard_cap.watch.stats().held - ledger.used + outside(hard_cap)
+
+
 def figures():
     hard_cap = cap_at(256)
     kept = torch.ones(1000, device="cuda")
@@ -125,12 +130,7 @@ def step(choose, stream, held):
 def streams():
     hard_cap = cap_at(512)
     cap = hard_cap.pager.cap
-    base = (
-        driver_used()
-        - hard_cap.watch.stats().held
-        - hard_cap.pager.budget.stats().used
-        + outside(hard_cap)
-    )
+    base = held_by_others(hard_cap)
     failures = []
     refused = []
     most = [0]
@@ -259,6 +259,112 @@ def neighbours():
     a = torch.randn(256, 256, device="cuda")
     torch.testing.assert_close(step(a, a), torch.relu(a @ a) + 1)
     torch.cuda.synchronize()
+
+
+def benchmark():
+    torch.backends.cudnn.benchmark = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hard_cap = cap_at(768)
+    assert not [warning for warning in caught if "benchmark" in str(warning.message)]
+    assert torch.backends.cudnn.benchmark
+    torch.backends.cudnn.allow_tf32 = False
+    base = held_by_others(hard_cap)
+    conv = nn.Conv2d(64, 96, 5, padding=2).cuda()
+    image = torch.randn(2, 64, 32, 32, device="cuda")
+    wanted = nn.functional.conv2d(image.cpu(), conv.weight.cpu(), conv.bias.cpu(), padding=2)
+    torch.testing.assert_close(conv(image).cpu(), wanted, atol=1e-3, rtol=1e-3)
+    refused = 0
+    for size in (64, 96, 128, 160, 192, 224):  # each shape is searched for anew
+        image = torch.randn(4, 64, size, size, device="cuda", requires_grad=True)
+        held = []
+        try:  # ever less room for workspaces
+            held = [torch.empty(size * MIB, dtype=torch.uint8, device="cuda") for _ in range(3)]
+        except torch.OutOfMemoryError:
+            refused += 1
+        try:
+            conv(image).square().mean().backward()
+        except torch.OutOfMemoryError:
+            refused += 1
+            del held
+            conv(image).square().mean().backward()
+        assert torch.isfinite(image.grad).all()
+        assert driver_used() - base <= hard_cap.pager.cap
+    assert refused
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def overflow():
+    hard_cap = cap_at(1024)
+    torch.manual_seed(1)
+    width, depth, rows = 1024, 24, 4096  # a tensor of 16 MiB for each layer, kept for backward
+    layers = [torch.randn(width, width, device="cuda", requires_grad=True) for _ in range(depth)]
+    x = torch.randn(rows, width, device="cuda")
+
+    def run():
+        y = x
+        for weight in layers:
+            y = torch.tanh(y @ weight * 0.03)
+            assert driver_used() - base <= hard_cap.pager.cap
+        y.square().mean().backward()
+        torch.cuda.synchronize()
+        grads = [weight.grad.cpu() for weight in layers]
+        for weight in layers:
+            weight.grad = None
+        return y.detach().cpu(), grads
+
+    base = held_by_others(hard_cap)
+    wanted = run()
+    torch.cuda.empty_cache()
+    kept = hard_cap.pager.budget.stats()
+    cap = kept.used + 160 * MIB
+    penstock.set_cap(cap)
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        assert "the cap is" in str(error)
+    else:
+        raise AssertionError("it fits: nothing to overflow")
+    for weight in layers:
+        weight.grad = None
+    gc.collect()
+    penstock.set_cap(cap, overflow="managed", overflow_limit="2GiB")
+    hard_cap.pager.budget.reset_peaks()
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        y, grads = run()
+        assert torch.equal(y, wanted[0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, wanted[1], strict=True))
+        assert hard_cap.allocator.overflow_stats().peak > 100 * MIB
+        assert torch.cuda.max_memory_allocated() > cap - outside(hard_cap)
+    del y, grads
+    gc.collect()
+    assert penstock.memory_stats().overflow == 0
+    torch.cuda.empty_cache()
+    assert hard_cap.allocator.overflow_stats().held == 0
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap == cap
+
+    held = []
+    try:  # streams, while the host's memory goes round
+        side = [torch.cuda.Stream() for _ in range(2)]
+        held = [torch.empty(150 * MIB, dtype=torch.uint8, device="cuda")]
+        values = []
+        for i in range(40):
+            stream = side[i % 2]
+            with torch.cuda.stream(stream):
+                block = torch.full((8 * MIB,), i, dtype=torch.uint8, device="cuda")
+            other = side[(i + 1) % 2]
+            other.wait_stream(stream)
+            with torch.cuda.stream(other):
+                values.append((block != i).sum())
+            block.record_stream(other)
+            del block
+        assert not any(value.item() for value in values)
+    finally:
+        del held
+    assert driver_used() - base <= hard_cap.pager.cap
 
 
 def late():

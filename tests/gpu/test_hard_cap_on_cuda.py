@@ -11,7 +11,9 @@ pytestmark = pytest.mark.gpu
 SCENES = Path(__file__).with_name("hard_cap_scenes.py")
 
 
-@pytest.mark.parametrize("scene", ["figures", "streams", "graph", "room", "neighbours", "late"])
+@pytest.mark.parametrize(
+    "scene", ["figures", "streams", "graph", "room", "neighbours", "benchmark", "overflow", "late"]
+)
 def test_scene(scene):
     ran = subprocess.run(
         [sys.executable, "-X", "faulthandler", str(SCENES), scene],

@@ -25,6 +25,7 @@ from penstock.hard_cap import HardCap
 
 KIB = 1 << 10
 PAGE = 64 * KIB
+MIB = 1 << 20
 PARTS = ("weights", "ring", "activations", "cached", "workspace", "outside", "reserve")
 
 
@@ -52,6 +53,22 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 # ---- figures ------------------------------------------------------------------------------------
+
+
+def test_what_overflows_is_told_beside_the_cap(cap: HardCap) -> None:
+    before = penstock.memory_stats()
+    assert before.overflow == 0
+    assert "on the host" not in str(before)
+    cap.set_overflow("managed", "16MiB")
+    address = cap.allocator.allocate(6 * MIB, 0)
+    stats = penstock.memory_stats()
+    assert stats.overflow == 6 * MIB
+    assert (stats.activations, stats.used) == (before.activations, before.used)
+    assert sum(getattr(stats, part) for part in PARTS) == stats.used
+    assert "on the host" in str(stats)
+    assert stats.largest[0].nbytes == 6 * MIB
+    cap.allocator.free(address)
+    assert penstock.memory_stats().overflow == 0
 
 
 def test_parts_add_up_and_are_told_apart(cap: HardCap) -> None:

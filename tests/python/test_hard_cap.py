@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from penstock.torch_hook import nested_stats
 from python.support import same_bits
 
 KIB = 1 << 10
+MIB = 1 << 20
 PAGE = 64 * KIB
 WIDTH = 128  # a layer's weight is one page
 
@@ -206,6 +208,63 @@ def test_figures_are_those_that_torch_prints(
     assert torch.cuda.max_memory_reserved(0) == 2 * PAGE
     assert "102400 B" in torch.cuda.memory_summary(0)
     shared.allocator.free(block)
+
+
+# ---- overflow ----------------------------------------------------------------------------------
+
+
+def test_tensors_overflow_to_the_host_after_weights_have_given_way(shared: HardCap) -> None:
+    manager, model = register(16)
+    x = torch.randn(3, WIDTH)
+    shared.set_overflow("managed", 8 * MIB)
+    with torch.no_grad(), manager.use("m") as bound:
+        for _ in range(3):
+            assert same_bits(bound(x), model(x))
+        inside = shared.allocator.allocate(8 * PAGE, 0)
+        assert shared.allocator.overflow_stats().live == 0
+        assert held(manager) <= 12
+        address = shared.allocator.allocate(3 * MIB, 0)
+        assert shared.allocator.overflow_stats().live == 3 * MIB
+        ctypes.memset(address, 7, 3 * MIB)
+        assert same_bits(bound(x), model(x))
+        assert ctypes.string_at(address, 3 * MIB) == bytes([7]) * (3 * MIB)
+        assert manager.stats().peak <= manager.stats().cap
+        assert shared.allocator.stats()["allocated_bytes.all.current"] == 8 * PAGE + 3 * MIB
+        with pytest.raises(CapExceededError, match=r"host's memory 3\.00 MiB .* of 8\.00 MiB"):
+            shared.allocator.allocate(6 * MIB, 0)
+        shared.allocator.free(address)
+        shared.allocator.free(inside)
+    assert shared.allocator.overflow_stats().live == 0
+    shared.allocator.empty_cache()
+    assert shared.allocator.overflow_stats().held == 0
+
+
+def test_overflow_is_refused_unless_it_was_chosen(shared: HardCap) -> None:
+    with pytest.raises(CapExceededError):
+        shared.allocator.allocate(2 * MIB, 0)
+    shared.set_overflow("managed")
+    limit = shared.allocator.overflow_stats().limit
+    assert 0 < limit <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    shared.allocator.free(shared.allocator.allocate(2 * MIB, 0))
+    shared.set_overflow("refuse")
+    with pytest.raises(CapExceededError):
+        shared.allocator.allocate(2 * MIB, 0)
+
+
+def test_set_cap_passes_the_choice_on(shared: HardCap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hard_cap, "current_cap", lambda _: shared)
+    penstock.set_cap(20 * PAGE, overflow="managed", overflow_limit="4MiB")
+    assert shared.allocator.overflow_stats().limit == 4 * MIB
+    penstock.set_cap(20 * PAGE)
+    assert shared.allocator.overflow_stats().limit == 4 * MIB
+    penstock.set_cap(20 * PAGE, overflow="refuse")
+    assert shared.allocator.overflow_stats().limit == 0
+    with pytest.raises(ValueError, match="overflow_limit"):
+        penstock.set_cap(20 * PAGE, overflow_limit="4MiB")
+    with pytest.raises(ValueError, match="overflow_limit"):
+        penstock.set_cap(20 * PAGE, overflow="refuse", overflow_limit="4MiB")
+    with pytest.raises(ValueError, match="sideways"):
+        penstock.set_cap(20 * PAGE, overflow="sideways")  # type: ignore[arg-type]
 
 
 # ---- torch.OutOfMemoryError --------------------------------------------------------------------
