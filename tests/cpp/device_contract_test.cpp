@@ -233,6 +233,17 @@ class Managed : public DeviceContract {
 
 constexpr std::array<Access, 2> kAccesses = {Access::kReadMostly, Access::kReadWrite};
 
+TEST_P(Managed, MemoryThatStaysOnTheHostIsWrittenAndReadByTheDevice) {
+  ManagedRange range(device_, 2 * kUnit, Access::kReadWrite);
+  device_->managed_stay(range.address(), range.nbytes());
+  device_->fill(range.address(), 7, kUnit, stream_->get());
+  device_->copy(range.address() + kUnit, range.address(), kUnit, stream_->get());
+  device_->stream_synchronize(stream_->get());
+  for (const std::size_t at : {std::size_t{0}, kUnit - 1, kUnit, 2 * kUnit - 1}) {
+    EXPECT_EQ(std::to_integer<int>(range.address()[at]), 7) << at;
+  }
+}
+
 TEST_P(Managed, BytesStayThroughPrefetchAndEvictAndAreCounted) {
   const Bytes bytes = pattern(4 * kUnit, 1);
   for (const Access access : kAccesses) {
