@@ -348,14 +348,19 @@ class Runner:
         self._guard.look_for_moved()
         fixed, self._fixed = self._fixed, None
         training = self._free or any(module.training for module in self._modules)
-        self._guard.close(fixed.entries if fixed else self._entries, training=training)
-        pages = fixed.pages if fixed else self.memory.all_pages
-        self.memory.region.core.end(pages, self._stream())
         self._free = False
-        self._hook(range(len(self._modules)))
-        if fixed:
-            self._changed = bool(self._calls)
-            self._follow(fixed.order)
+        # Whatever fails: the pages are in use no more, so from now on there are steps.
+        try:
+            self._guard.close(fixed.entries if fixed else self._entries, training=training)
+        finally:
+            try:
+                pages = fixed.pages if fixed else self.memory.all_pages
+                self.memory.region.core.end(pages, self._stream())
+            finally:
+                self._hook(range(len(self._modules)))
+                if fixed:
+                    self._changed = bool(self._calls)
+                    self._follow(fixed.order)
 
     def hold_whole(self, module: nn.Module, whole: bool) -> None:
         """Have a module's step hold all tensors in it, from its call on; or as it was learned.

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -755,3 +756,21 @@ def test_other_paths_are_right_after_what_stays_was_fixed() -> None:
                 assert same_bits(module(X), plain(X))
     assert manager.stats().used == 0
     assert manager.stats().suppressed_errors == 0
+
+
+@pytest.mark.parametrize("frames", [8, 14])
+def test_steps_come_back_where_what_ran_without_them_fails_to_end(frames: int) -> None:
+    device = _core.FaultyDevice(_core.HostDevice())
+    manager = MemoryManager(
+        cap=frames * PAGE, device=device, pager="frames", page_size=PAGE, progress=False
+    )
+    plain = build(lambda: stack(10), 6)
+    manager.register("m", lambda: stack(10).eval(), state_of(plain))
+    for _ in range(3):
+        with torch.no_grad(), suppress(DeviceError), manager.use("m") as module:
+            for _ in range(8):
+                assert same_bits(module(X), plain(X))
+            device.fail_nth_call_of("event_record", 0)
+        with torch.no_grad(), manager.use("m") as module:
+            assert same_bits(module(X), plain(X))
+    assert manager.stats().used == 0
