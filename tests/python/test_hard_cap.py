@@ -354,12 +354,12 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 def test_what_the_process_holds_besides_counts_with_a_reserve() -> None:
     device, cap = with_outside(3 * PAGE)
-    assert outside_of(cap) == 3 * PAGE + 20 * PAGE // 64
+    assert outside_of(cap) == 3 * PAGE + 20 * PAGE // 48
     device.set_outside(4 * PAGE, True)
-    assert eventually(lambda: outside_of(cap) == 4 * PAGE + 20 * PAGE // 64)
+    assert eventually(lambda: outside_of(cap) == 4 * PAGE + 20 * PAGE // 48)
     cap.set_reserve(0)
     assert outside_of(cap) == 4 * PAGE
-    assert with_outside(0, cap=1 << 40)[1].pager.budget.stats().used == 64 << 20
+    assert with_outside(0, cap=1 << 40)[1].pager.budget.stats().used == 128 << 20
 
 
 def test_a_cap_below_what_the_process_holds_is_refused_with_the_numbers() -> None:
