@@ -52,7 +52,6 @@ std::unique_ptr<Overflow::Piece> Overflow::make(Lock& lock, std::size_t nbytes) 
   stats_.held += nbytes;
   lock.unlock();
   try {
-    const RelaxedCapture relaxed(*device_);
     piece->memory = std::make_unique<ManagedRange>(device_, nbytes, Access::kReadWrite);
     device_->managed_stay(piece->memory->address(), nbytes);
     piece->start = piece->memory->address();
@@ -68,6 +67,7 @@ std::unique_ptr<Overflow::Piece> Overflow::make(Lock& lock, std::size_t nbytes) 
 
 std::optional<LiveBlock> Overflow::take(std::size_t requested, StreamHandle stream,
                                         std::uint64_t sequence) {
+  const RelaxedCapture relaxed(*device_);
   Lock lock(mutex_);
   if (requested > stats_.limit) return std::nullopt;
   const std::size_t nbytes = (requested + kUnit - 1) / kUnit * kUnit;
@@ -102,10 +102,7 @@ std::size_t Overflow::release_free(Lock& lock) {
   }
   if (leaving.empty()) return 0;
   lock.unlock();
-  {
-    const RelaxedCapture relaxed(*device_);
-    leaving.clear();
-  }
+  leaving.clear();
   lock.lock();
   stats_.held -= nbytes;
   return nbytes;
@@ -175,6 +172,7 @@ bool Overflow::record_stream(void* address, StreamHandle stream) {
 }
 
 std::size_t Overflow::empty_cache() {
+  const RelaxedCapture relaxed(*device_);
   Lock lock(mutex_);
   retire();  // which records what could not be recorded before
   if (wait_for_freed(lock)) retire();

@@ -2,6 +2,7 @@
 // stays that of the frames that exist, and the allocator goes on working.
 #include <gtest/gtest.h>
 
+#include <future>
 #include <map>
 #include <string>
 #include <vector>
@@ -140,12 +141,15 @@ TEST(AllocatorFaults, GrowingThatFailsHalfWayKeepsWhatIsMappedInTheCache) {
 TEST(AllocatorFaults, EventThatCannotBeRecordedAtAFreeIsRecordedLater) {
   AllocatorSetup setup(2);
   const OwnedStream stream(setup.spy);
+  std::promise<void> work;
+  run_on(stream.get(), [done = work.get_future().share()] { done.wait(); });
   void* block = setup.take(kMiB);
   setup.allocator->record_stream(block, stream.get());
   setup.device->fail_nth_call_of("event_record", 0);
   setup.allocator->free(block);
   EXPECT_EQ(setup.device->suppressed_count(), 1U);
   EXPECT_NE(setup.take(kMiB), block);  // records it
+  work.set_value();
   setup.spy->synchronize();
   EXPECT_EQ(setup.take(kMiB), block);
 }
