@@ -219,14 +219,25 @@ class Guard:
         ----------
         training
             Whether the module that read them is in training mode.
+
+        Raises
+        ------
+        Exception
+            The last one from keeping what was written to one of them; all are guarded then too.
         """
+        failure: Exception | None = None
         for entry in entries:
             entry.opened -= 1
             if entry.gone or entry.opened:
                 continue
-            self._settle(entry, training)
+            try:
+                self._settle(entry, training)
+            except Exception as error:
+                failure = error
             if not entry.gone:
                 _set_class(entry.tensor, entry.guarded)
+        if failure is not None:
+            raise failure
 
     def settle(self, entries: Iterable[Entry], *, training: bool = False) -> None:
         """Look for writes and views as `close` does, but leave the tensors open."""

@@ -124,12 +124,17 @@ class ModelMemory(ABC):
         return False
 
     def may_stay(self) -> bool:
-        """Whether a model that is in place as a whole may be fixed there."""
+        """Whether pages may be held in place: no tensor may need their room."""
         return True
 
     def staying(self) -> list[int]:
-        """List the pages that may be fixed in place while the others stream."""
-        return []
+        """List the pages that may be held in place: all, or those that the plan keeps, or none."""
+        return self.all_pages if self.fits() and self.may_stay() else []
+
+    @property
+    def keeps_writes(self) -> bool:
+        """Whether what is written to a tensor can be kept."""
+        return True
 
     @abstractmethod
     def set_active(self, active: bool) -> None:
@@ -397,10 +402,14 @@ class FramesMemory(ModelMemory):
 
     @override
     def staying(self) -> list[int]:
-        """List the pages that the plan keeps; none where tensors may need their room."""
-        if not isinstance(self.plan, _core.Plan) or not self.may_stay():
-            return []
+        if self.fits() or not isinstance(self.plan, _core.Plan) or not self.may_stay():
+            return super().staying()
         return list(self.plan.resident)
+
+    @property
+    @override
+    def keeps_writes(self) -> bool:
+        return self.tier.address is not None
 
     @override
     def _own_stats(self) -> dict[str, Any]:

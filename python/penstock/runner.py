@@ -4,9 +4,9 @@ The first pass of an entry point is observed operation by operation: a dispatch 
 tensors are really read, whoever reads them, and their pages are made ready just then. From it each
 module's step is learned (`learning`). In later passes hooks begin a step when its module is called,
 and open the tensors that it reads; whatever is read beside goes through the guard, and is a step of
-its own from then on. After a pass the plan is improved (`planning`). A model that is in place as a
-whole runs freely: it has no hooks but on its entry points. Where the rest streams, what the plan
-keeps is fixed in place once the plan is settled, and only the other modules have hooks.
+its own from then on. After a pass the plan is improved (`planning`). What stays is held in place
+(`in_place`): a model that is there as a whole runs freely and has no hooks but on its entry points;
+where a part streams, by a settled plan, only the modules that read it have hooks.
 
 One model runs in one thread at a time; others wait for their turn. An interrupt (anything that is
 no `Exception`) ends calls without a word of it: those are ended by whoever comes next.
@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -29,6 +28,7 @@ from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
 from penstock.guard import Entry, Guard
 from penstock.hooks import Hooks
+from penstock.in_place import InPlace, choose
 from penstock.learning import learn, whole_subtrees
 from penstock.memory import FramesMemory, ModelMemory
 from penstock.observe import ReadObserver
@@ -53,15 +53,6 @@ class _Call:
         self.begun: list[int] = []  # steps
         self.entries: Sequence[Entry] = ()  # opened
         self.read: set[int] = set()  # tensors, if observed
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """What stays in place without steps."""
-
-    pages: list[int]
-    entries: list[Entry]  # of tensors that are on these pages alone
-    order: Order  # with the steps that are left out
 
 
 class Runner:
@@ -145,11 +136,10 @@ class Runner:
         self._observed: list[_Call] = []
         self._saving: AbstractContextManager[Any] | None = None
         self._loaded_before = 0
-        self._free = False  # all in place, nothing to do in steps
-        self._fixed: _Fixed | None = None
-        self._unfixed: Order | None = None  # one that was not followed when it was fixed
+        self._in_place: InPlace | None = None
+        self._declined: Order | None = None  # of which a part is not to be held in place
         self._by_steps = False  # for good
-        self._changed = False  # in the midst of a pass, from fixed to steps
+        self._changed = False  # in the midst of a pass, back to steps
         self._hooks = Hooks(self._modules, holders)
         self._hook(range(len(self._modules)))
 
@@ -176,7 +166,12 @@ class Runner:
     @property
     def _expected(self) -> Order:
         """The order of all steps."""
-        return self._fixed.order if self._fixed else self._followed
+        return self._in_place.order if self._in_place else self._followed
+
+    @property
+    def _free(self) -> bool:
+        """Whether all is in place, and nothing to do in steps."""
+        return self._in_place is not None and self._in_place.whole
 
     @property
     def module(self) -> nn.Module:
@@ -192,7 +187,7 @@ class Runner:
     def captured(self) -> Iterator[None]:
         """Let the next pass be captured in a graph, with all it loads.
 
-        A graph needs its pages idle, so from now on nothing is fixed in place.
+        A graph needs its pages idle, so from now on nothing is held in place.
         """
         self._by_steps = True
         self.attach()
@@ -229,8 +224,8 @@ class Runner:
         Returns
         -------
         bool
-            Whether it does. It cannot where it runs freely in another thread, reading whatever it
-            likes, and while it is captured.
+            Whether it does. It cannot where it reads what is held in place in another thread, at
+            any time, and while it is captured.
         """
         assert isinstance(self.memory, FramesMemory)
         with self._gate:
@@ -238,7 +233,7 @@ class Runner:
                 return True
             if self._capturing:
                 return False
-            if self._free or self._fixed:
+            if self._in_place:
                 if not self.turn.mine:
                     return False
                 self._go_by_steps()
@@ -255,9 +250,9 @@ class Runner:
             Whether it does; it cannot where it runs freely in another thread.
         """
         with self.resting() as resting:
-            if self._free and (resting or self.turn.mine):
+            if self._in_place and (resting or self.turn.mine):
                 self._go_by_steps()
-            return not self._free
+            return self._in_place is None
 
     def give_up(self, pages: int) -> None:
         """Give up so many pages, if the model is idle: those first that it reads last.
@@ -300,6 +295,7 @@ class Runner:
         """
         self._plan_later = False
         self.attach()
+        self._declined = None
         self._planning.renew(self._followed, guess=not self._orders)
 
     def prefetch(self) -> None:
@@ -312,11 +308,13 @@ class Runner:
         A model that runs freely just now keeps what it has.
         """
         with self.resting() as resting:
-            if not resting and (self._free or self._fixed):
+            if not resting and self._in_place:
                 return
-            self.attach()
-            self._guard.release_kept()
-            self.memory.evict()
+            try:
+                self.attach()
+            finally:  # what was written may be lost, not the room
+                self._guard.release_kept()
+                self.memory.evict()
 
     def unwind(self) -> None:
         """End calls that an interrupt left open, also where that was in another thread."""
@@ -336,8 +334,8 @@ class Runner:
             self._unwinding = False
 
     def attach(self) -> None:
-        """Go back to running step by step, if the model ran freely, or part of it did."""
-        if not self._free and self._fixed is None:
+        """Go back to running step by step, if anything is held in place."""
+        if self._in_place is None:
             return
         if self._calls:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
@@ -346,21 +344,19 @@ class Runner:
     def _go_by_steps(self) -> None:
         # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
-        fixed, self._fixed = self._fixed, None
-        training = self._free or any(module.training for module in self._modules)
-        self._free = False
+        held, self._in_place = self._in_place, None
+        assert held is not None
         # Whatever fails: the pages are in use no more, so from now on there are steps.
         try:
-            self._guard.close(fixed.entries if fixed else self._entries, training=training)
+            self._guard.close(held.entries, training=True)
         finally:
             try:
-                pages = fixed.pages if fixed else self.memory.all_pages
-                self.memory.region.core.end(pages, self._stream())
+                self.memory.region.core.end(held.pages, self._stream())
             finally:
                 self._hook(range(len(self._modules)))
-                if fixed:
-                    self._changed = bool(self._calls)
-                    self._follow(fixed.order)
+                self._changed = bool(self._calls)
+                if self._followed is not held.order:
+                    self._follow(held.order)
 
     def hold_whole(self, module: nn.Module, whole: bool) -> None:
         """Have a module's step hold all tensors in it, from its call on; or as it was learned.
@@ -518,7 +514,7 @@ class Runner:
             try:
                 self._end_call()
             finally:
-                if (self._free or self._fixed) and not self.memory.may_stay():
+                if self._in_place and not self.memory.may_stay():
                     self.attach()
                 if self._plan_later or self.memory.settle():
                     with suppress(CapExceededError):
@@ -568,8 +564,8 @@ class Runner:
 
     def _begin_pass(self, entry: int) -> None:
         order = self._orders.get(entry)
-        if self._fixed:
-            if order is self._fixed.order and not self._guard.lost:
+        if self._in_place:
+            if order is self._in_place.order and not self._guard.lost:
                 order = self._followed
             else:
                 self._go_by_steps()
@@ -614,10 +610,10 @@ class Runner:
             if own:
                 self._saving.__exit__(None, None, None)
             self._saving = None
-        if self._fixed:
+        if self._in_place:
             steady = self._followed.places == tuple(self._called)
             if not steady and not failed:
-                self._unfixed = self._fixed.order
+                self._declined = self._in_place.order
                 self._go_by_steps()
                 self._changed = True
         elif not failed and not self._changed:
@@ -630,57 +626,39 @@ class Runner:
                 self._follow(self._orders[entry])
         self.memory.end_pass()
         self._streamer.end_pass(self._stream())
-        if failed or self._capturing or self._changed or self._fixed:
+        if failed or self._capturing or self._changed or self._in_place:
             return
         self._planning.improve(self._followed, steady=steady)
-        if self._by_steps:
-            return
         if self.memory.fits():
-            if self._streamer.stats().loaded_bytes == self._loaded_before:
-                self._run_freely()
-        elif steady and self._may_fix(self._followed):
-            self._fix()
+            ready = self._streamer.stats().loaded_bytes == self._loaded_before
+        else:
+            ready = steady and not self._tracing and self._planning.settled(self._followed)
+        if ready and not self._by_steps:
+            self._hold_in_place()
 
-    def _may_fix(self, order: Order) -> bool:
-        """Whether what an order leaves in place may be fixed, as far as the plan is settled."""
-        known = self._planning.settled(order) and order is not self._unfixed
-        return known and not self._tracing
-
-    def _fix(self) -> None:
-        """Fix in place what the plan keeps: then only the rest has steps."""
+    def _hold_in_place(self) -> None:
+        """Hold what stays, until something else is wanted of it; then only the rest has steps."""
         core = self.memory.region.core
         pages = self.memory.staying()
-        stays = frozenset(pages)
-        order = self._steps.without(self._followed, stays)
-        steps = order.all_steps
-        if not order.places or len(steps) == len(self._followed.all_steps):
+        if not pages or not core.settled(pages):
             return
-        if not core.settled(pages):
-            return
-        # What is read now and then is a step by all of its tensors.
-        modules = range(len(self._modules))
-        beside = {i for step in steps if step not in modules for i in self._steps.tensors(step)}
-        entries = [
-            entry
-            for i, entry in enumerate(self._entries)
-            if i not in beside and stays.issuperset(entry.pages)
-        ]
+        order = self._followed
+        held = choose(
+            self._steps, order, self._entries, pages, keeps_writes=self.memory.keeps_writes
+        )
+        if not held.whole:
+            if len(held.rest.all_steps) == len(order.all_steps):
+                self._declined = order
+            if order is self._declined:
+                return
         core.begin(pages, self._stream())
-        self._guard.open(entries)
-        self._fixed = _Fixed(pages, entries, self._followed)
-        self._hook({0, *self._orders, *(step for step in steps if step in modules)})
-        self._follow(order)
-
-    def _run_freely(self) -> None:
-        core = self.memory.region.core
-        pages = self.memory.all_pages
-        if not core.settled(pages) or not self.memory.may_stay():
-            return
-        core.begin(pages, self._stream())
-        self._guard.open(self._entries)
+        self._guard.open(held.entries)
         self._streamer.set_trace(self._tracing)
-        self._free = True
-        self._hook([0, *(entry for entry in self._orders if entry != 0)])
+        self._in_place = held
+        left = (step for step in held.rest.all_steps if self._steps.is_module(step))
+        self._hook({0, *self._orders, *left})
+        if not held.whole:
+            self._follow(held.rest)
 
     # ---- learning ------------------------------------------------------------------------------
 
@@ -714,7 +692,7 @@ class Runner:
 
     def _define(self, step: int) -> None:
         self._streamer.define(step, self._steps.pages(step), self._steps.name(step))
-        if step < len(self._modules):
+        if self._steps.is_module(step):
             self._step_entries[step] = [self._entries[i] for i in sorted(self._steps.tensors(step))]
 
     def _follow(self, order: Order) -> None:

@@ -11,7 +11,7 @@ may be called by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 __all__ = ["Order", "Place", "Steps"]
@@ -64,7 +64,7 @@ class Steps:
 
     def tensors(self, step: int) -> frozenset[int]:
         """Return the tensors that a step reads."""
-        if step >= len(self.modules):
+        if not self.is_module(step):
             return self._read_tensors[step - len(self.modules)]
         return self._learned.get(step, self.whole.get(step, self.own[step]))
 
@@ -78,14 +78,18 @@ class Steps:
         found = {(step, outer): self.pages(step, *outer) for step, outer in set(order.places)}
         return [found[place] for place in order.places]
 
-    def without(self, order: Order, pages: frozenset[int]) -> Order:
-        """Return what is left of an order where pages stay in place and need no step."""
-        streams = {step: not pages.issuperset(self.pages(step)) for step in order.all_steps}
+    def is_module(self, step: int) -> bool:
+        """Whether a step is the call of a module."""
+        return step < len(self.modules)
+
+    def without(self, order: Order, tensors: Set[int]) -> Order:
+        """Return what is left of an order where some tensors need no step."""
+        left = {step: not self.tensors(step) <= tensors for step in order.all_steps}
         return Order(
             tuple(
-                (step, tuple(each for each in outer if streams[each]))
+                (step, tuple(each for each in outer if left[each]))
                 for step, outer in order.places
-                if streams[step]
+                if left[step]
             )
         )
 
@@ -128,6 +132,6 @@ class Steps:
 
     def name(self, step: int) -> str:
         """Name a step for people."""
-        if step < len(self.modules):
+        if self.is_module(step):
             return self.modules[step] or "the model itself"
         return f"read {step - len(self.modules)}"

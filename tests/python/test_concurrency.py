@@ -411,9 +411,9 @@ def test_any_interleaving_leaves_everything_usable(pager: str, seed: int) -> Non
         ledger = rig.manager.stats()
         assert ledger.used <= ledger.cap
         assert pinned_pages(rig.manager) == sum(
-            len(runner._fixed.pages) if runner._fixed else runner.memory.page_count
+            len(runner._in_place.pages)
             for model in rig.manager._models.values()
-            if (runner := model.runner) is not None and (runner._free or runner._fixed)
+            if (runner := model.runner) is not None and runner._in_place is not None
         )
         held = sum(model.memory.resident_bytes for model in ledger.models.values())
         assert ledger.used == held

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -697,80 +696,3 @@ def least_cap(run: Callable[[int], None], page: int, spare: int) -> None:
         break
     if spare:
         within(60, lambda: run(cap + spare))
-
-
-def test_what_stays_has_no_steps_once_the_plan_is_settled() -> None:
-    manager = MemoryManager(cap=8 * PAGE, device="cpu", pager="frames", page_size=PAGE)
-    plain = build(lambda: stack(10), 3)
-    wanted = plain(X).detach()
-    manager.register("m", lambda: stack(10).eval(), state_of(plain))
-    with torch.no_grad(), manager.use("m") as module:
-        for _ in range(8):
-            assert same_bits(module(X), wanted)
-        before = manager.stats().models["m"].memory
-        assert same_bits(module(X), wanted)
-        after = manager.stats().models["m"].memory
-        streamed = after.loaded_bytes - before.loaded_bytes
-        assert after.steps_run - before.steps_run < 10
-        assert streamed == after.planned_bytes
-        assert after.misses == before.misses
-        assert all(f"{layer}" in str(manager.schedule("m")) for layer in range(10))
-        # What is written to it is kept, and what others take of it comes back as steps.
-        with torch.no_grad():
-            for part in plain.parameters():
-                part.mul_(0.5)
-            for part in module.parameters():
-                part.mul_(0.5)
-        changed = plain(X).detach()
-        assert same_bits(module(X), changed)
-        manager.set_cap(4 * PAGE)
-        assert manager.stats().used <= 4 * PAGE
-        for _ in range(8):
-            assert same_bits(module(X), changed)
-    assert manager.stats().used == 0
-
-
-class Shortcut(nn.Module):
-    """Leaves out some of its parts when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = stack(10)
-        self.left_out = frozenset[int]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, part in enumerate(self.parts):
-            if i not in self.left_out:
-                x = part(x)
-        return x
-
-
-def test_other_paths_are_right_after_what_stays_was_fixed() -> None:
-    plain = build(Shortcut, 5)
-    manager = MemoryManager(cap=8 * PAGE, device="cpu", pager="frames", page_size=PAGE)
-    manager.register("m", lambda: Shortcut().eval(), state_of(plain))
-    with torch.no_grad(), manager.use("m") as module:
-        for left_out in [(), range(5), (2, 7), (9,), (), range(1, 10)]:
-            plain.left_out = module.left_out = frozenset(left_out)
-            for _ in range(8):
-                assert same_bits(module(X), plain(X))
-    assert manager.stats().used == 0
-    assert manager.stats().suppressed_errors == 0
-
-
-@pytest.mark.parametrize("frames", [8, 14])
-def test_steps_come_back_where_what_ran_without_them_fails_to_end(frames: int) -> None:
-    device = _core.FaultyDevice(_core.HostDevice())
-    manager = MemoryManager(
-        cap=frames * PAGE, device=device, pager="frames", page_size=PAGE, progress=False
-    )
-    plain = build(lambda: stack(10), 6)
-    manager.register("m", lambda: stack(10).eval(), state_of(plain))
-    for _ in range(3):
-        with torch.no_grad(), suppress(DeviceError), manager.use("m") as module:
-            for _ in range(8):
-                assert same_bits(module(X), plain(X))
-            device.fail_nth_call_of("event_record", 0)
-        with torch.no_grad(), manager.use("m") as module:
-            assert same_bits(module(X), plain(X))
-    assert manager.stats().used == 0
