@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from penstock.bench.measure import synchronize
 from penstock.bench.subject import UnavailableError
+from penstock.manager import MemoryManager
 
 
 def report(work: Callable[[], dict[str, Any]]) -> int:
@@ -29,6 +31,20 @@ def report(work: Callable[[], dict[str, Any]]) -> int:
         code = 1
     print(json.dumps(found, default=str), flush=True)
     return code
+
+
+def figures_of(manager: MemoryManager, name: str) -> dict[str, Any]:
+    """Return what a manager says of one of its models, and of the room that it has."""
+    stats = manager.stats()
+    memory = stats.models[name].memory
+    return {
+        **asdict(memory),
+        "nbytes": stats.models[name].nbytes,
+        "room": max(0, stats.cap - (stats.used - memory.resident_bytes)),
+        "ledger_peak": stats.peak,
+        "used_by_tag": dict(stats.used_by_tag),
+        "suppressed_errors": stats.suppressed_errors,
+    }
 
 
 def warm_device(device: torch.device) -> None:

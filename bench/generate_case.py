@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import penstock
-from case_process import report, warm_device
+from case_process import figures_of, report, warm_device
 from penstock.bench import memory
 from penstock.bench.measure import link_rate, synchronize
 from penstock.bench.models import build, llama_config, resident_model
@@ -118,15 +118,7 @@ def _with_manager(
     model = stack.enter_context(manager.use("llama"))
 
     def figures() -> Mapping[str, Any]:
-        stats = manager.stats()
-        held = stats.models["llama"].memory
-        return {
-            **asdict(held),
-            "nbytes": stats.models["llama"].nbytes,
-            "room": max(0, stats.cap - (stats.used - held.resident_bytes)),
-            "ledger_peak": stats.peak,
-            "used_by_tag": dict(stats.used_by_tag),
-        }
+        return figures_of(manager, "llama")
 
     def moved() -> int:
         return manager.stats().models["llama"].memory.loaded_bytes
@@ -222,9 +214,11 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(7)
         ids = torch.randint(0, options.vocabulary, (1, options.prompt), generator=generator)
         ids = ids.to(device)
+        generate(subject, ids, options.warm_tokens, device)
+        figures |= generate(subject, ids, options.tokens, device)
+        # Looking costs time, so what is looked at is done once more.
         with memory.Watch(device, _WATCH_SECONDS) as running:
-            generate(subject, ids, options.warm_tokens, device)
-            figures |= generate(subject, ids, options.tokens, device)
+            generate(subject, ids, options.tokens, device)
         figures["figures"] = dict(subject.figures())
         after = link if subject.link else link_rate(device, options.link_bytes)
         figures["link"] = (link + after) / 2 if link and after else None

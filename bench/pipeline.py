@@ -5,7 +5,7 @@
 A text encoder of 5B parameters, a denoiser of 14B and two upscalers, with random weights in bf16,
 run under a cap of 24 GiB, each way in a process of its own, one after the other. The bits of every
 stage are compared with those of plain PyTorch. Exits with an error if Penstock fails, gives other
-bits, or crosses its cap. It takes about 6 minutes on a GPU, 42 GB for the weights (in /dev/shm, or
+bits, or crosses its cap. It takes about 7 minutes on a GPU, 42 GB for the weights (in /dev/shm, or
 else in the temporary directory), and beside that as much pinned memory, 1.5 times as much for
 diffusers. `--quick` runs it all with tiny modules, on a CPU too.
 """
@@ -13,24 +13,18 @@ diffusers. `--quick` runs it all with tiny modules, on a CPU too.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from penstock.bench.runner import Row, run_for_json
-from penstock.bench.table import reason_of
+from case_runs import CaseRuns, add_options, parse_options
+from penstock.bench.runner import Row
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from pipeline_models import SMALL, STAGES, Shape, builder
 from pipeline_subjects import LOADERS, Options, nbytes_of
 from pipeline_table import LEGEND, case_table, complaints, derive, outcome, stage_table
-from report import say, write_json
+from report import say
 from room import host_room, weights_parent
 
 GIB = 1 << 30
@@ -46,18 +40,16 @@ def main() -> int:
     nbytes = {stage: nbytes_of(build_skeleton(builder(stage, shape))) for stage in STAGES}
     total = sum(nbytes.values())
     cap = cap or max(1, round(total * 0.55))
-    device = options.device
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    found: dict[str, Any] = {"cap": cap, "weight_bytes": nbytes, "rows": []}
-    deadline = time.monotonic() + options.total_limit
+    found: dict[str, Any] = {"cap": cap, "weight_bytes": nbytes}
+    runs = CaseRuns("pipeline_case.py", options, found)
     say(f"{', '.join(f'{stage} {n / 1e9:.2f} GB' for stage, n in nbytes.items())}")
     say(f"cap {format_bytes(cap)}, {options.steps} steps, host room {format_bytes(host_room())}")
     parent = options.directory or weights_parent(total)
+    small_pages = options.quick and options.device == "cpu"  # a GPU's frames are 2 MiB at least
     with tempfile.TemporaryDirectory(prefix="penstock-pipeline-", dir=parent) as directory:
         told = Options(
             directory=directory,
-            device=device,
+            device=options.device,
             shape=shape,
             cap=cap,
             host=options.host,
@@ -65,16 +57,11 @@ def main() -> int:
             clips=options.clips,
             link_bytes=32 * MIB if options.quick else GIB,
             block_bytes=8 * MIB if options.quick else GIB,
-            page_size=256 << 10 if options.quick else None,
+            page_size=256 << 10 if small_pages else None,
         )
-        weights = run("weights", told, options.time_limit, deadline)
-        found |= weights
-        if reason_of(weights):
-            say(f"weights: {reason_of(weights)}", weights.get("stderr", ""))
-            write_json(found, options.json)
+        if not runs.write_weights(told):
             return 1
-        say(*(f"{key}: {value}" for key, value in weights["machine"].items()))
-        say(f"weights written in {weights['seconds']:.1f} s to {parent}")
+        say(f"weights written in {found['seconds']:.1f} s to {parent}")
         for name in options.only:
             row: Row = {"case": name}
             needed = round(total * _HOST_SHARE.get(name, 1.1)) + (0 if options.quick else _SPARE)
@@ -83,40 +70,27 @@ def main() -> int:
                     f"it may take {format_bytes(needed)} of host memory, and there are "
                     f"{format_bytes(host_room())}"
                 )
+            elif name == "penstock-hard-cap" and options.quick and options.device != "cpu":
+                row["unavailable"] = "a cap for tiny modules has no room for a CUDA context"
             else:
-                row |= run(name, told, options.time_limit, deadline)
-            derive(row, found["rows"])
-            found["rows"].append(row)
-            say(f"{name}: {outcome(row)}", *([row["stderr"]] if "stderr" in row else []))
-            write_json(found, options.json)  # whatever ends the run leaves what was measured
-    say("", *stage_table(found["rows"]), "", *case_table(found["rows"], cap), "", *LEGEND)
-    broken = complaints(found["rows"], cap)
-    found["broken"] = broken
-    say("", *(broken or ["every stage of Penstock has the bits of plain PyTorch, under its cap"]))
-    write_json(found, options.json)
-    return 1 if broken else 0
+                row |= runs.run(name, told)
+            derive(row, runs.rows)
+            runs.keep(row, f"{name}: {outcome(row)}")
+    say("", *stage_table(runs.rows), "", *case_table(runs.rows, cap), "", *LEGEND)
+    well = "every stage of Penstock has the bits of plain PyTorch, under its cap"
+    return runs.conclude(complaints(runs.rows, cap), well)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, LOADERS, LOADERS, quick="tiny modules, few steps", limits=(150, 540))
     add = parser.add_argument
-    add("--quick", action="store_true", help="tiny modules, few steps")
-    add("--device", default="auto", help='"auto", "cpu" or "cuda"')
-    add("--only", default=",".join(LOADERS), help=f"cases: {', '.join(LOADERS)}")
     add("--cap", type=parse_bytes, help="default: 24GiB, or 55%% of the weights if scaled")
     add("--host", default="pinned", help="host tier of Penstock; default: pinned")
     add("--scale", type=float, default=1.0, help="how deep the modules are; default: 1")
     add("--steps", type=int, help="steps of denoising; default: 6")
-    add("--clips", type=int, default=2, help="runs; the last one is reported; default: 2")
-    add("--directory", type=Path, help="where the weights are written; default: /dev/shm, or /tmp")
-    add("--time-limit", type=float, default=150, help="seconds for a case; default: 150")
-    add("--total-limit", type=float, default=540, help="seconds for all; default: 540")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
-    options = parser.parse_args()
-    options.only = options.only.split(",")
-    unknown = set(options.only) - set(LOADERS)
-    if unknown:
-        parser.error(f"there is no case {', '.join(sorted(unknown))}")
+    add("--clips", type=int, default=2, help="timed runs; the last one is reported; default: 2")
+    options = parse_options(parser, LOADERS)
     # What the others are compared with runs first, or there is nothing to compare with.
     options.only = [name for name in LOADERS if name in {*options.only, "resident"}]
     options.steps = options.steps or (4 if options.quick else 6)
@@ -128,16 +102,6 @@ def sizes(options: argparse.Namespace) -> tuple[Shape, int | None]:
     shape = SMALL if options.quick else Shape()
     usual = None if options.quick or options.scale != 1 else 24 * GIB
     return shape.scaled(options.scale) if options.scale != 1 else shape, options.cap or usual
-
-
-def run(name: str, told: Options, time_limit: float, deadline: float) -> dict[str, Any]:
-    """Run a case in a process of its own."""
-    left = min(time_limit, deadline - time.monotonic())
-    if left <= 0:
-        return {"unavailable": "there was no time left"}
-    script = Path(__file__).with_name("pipeline_case.py")
-    command = [sys.executable, str(script), name, "--options", json.dumps(asdict(told))]
-    return run_for_json(command, left)
 
 
 if __name__ == "__main__":

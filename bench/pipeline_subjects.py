@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import penstock
+from case_process import figures_of
 from penstock.bench.memory import torch_pinned_bytes
 from penstock.bench.subject import UnavailableError
 from penstock.skeleton import build_skeleton
@@ -152,16 +153,7 @@ def _with_manager(
                 yield module
 
     def figures(name: str) -> Mapping[str, Any]:
-        stats = manager.stats()
-        memory = stats.models[name].memory
-        beside = stats.used - memory.resident_bytes
-        return {
-            **asdict(memory),
-            "nbytes": stats.models[name].nbytes,
-            "room": max(0, stats.cap - beside),
-            "ledger_peak": stats.peak,
-            "suppressed_errors": stats.suppressed_errors,
-        }
+        return figures_of(manager, name)
 
     def pinned() -> int:
         return sum(model.memory.pinned_bytes for model in manager.stats().models.values())

@@ -30,8 +30,7 @@ struct OverflowStats {
   std::size_t limit = 0;
   std::size_t live = 0;  ///< In blocks that somebody has.
   std::size_t peak = 0;  ///< The most that was live.
-  std::size_t held =
-      0;  ///< Of host memory, for live blocks and for the next ones; at most `limit`.
+  std::size_t held = 0;  ///< Of host memory, in live and freed blocks; at most `limit`.
 };
 
 class Overflow {

@@ -217,8 +217,8 @@ std::byte* FramesRegion::writable_tier() const {
 
 bool FramesRegion::copy_back(PageIndex page) {
   if (!writable_ || !pages_[page].used || !in_place(pages_[page], page)) return false;
-  if (pages_[page].ready && !wait_until_over(*device_, pages_[page].ready))
-    return false;  // never loaded
+  const Event& ready = pages_[page].ready;
+  if (ready && !wait_until_over(*device_, ready)) return false;  // never loaded
   const std::size_t start = std::size_t{page} * page_size_;
   const std::size_t nbytes = std::min(page_size_, nbytes_ - start);
   device_->copy(writable_tier() + start, address_of(page), nbytes, copies_.get());

@@ -190,7 +190,6 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
                    const OwnedStream& stream);
   /// What the stream was given so far, to be waited for or measured.
   Event record(const OwnedStream& stream);
-  void wait_until_over(OwnedEvent& event);
   /// Waits for a stream in which something failed, and takes the error out of it.
   void settle(const OwnedStream& stream) noexcept;
 

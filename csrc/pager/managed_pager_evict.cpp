@@ -89,7 +89,7 @@ std::size_t ManagedPager::drop_marked(ManagedRegion& region, const std::vector<P
         for (const auto& reader : events.readers) push_unique(work, reader.second);
       }
     }
-    for (const auto& event : work) wait_until_over(*event);
+    for (const auto& event : work) wait_until_over(*device_, event);
     std::vector<PageIndex> all;
     std::merge(pages.begin(), pages.end(), strays.begin(), strays.end(), std::back_inserter(all));
     if (region.trace_) start = record(evict_stream_);
@@ -176,16 +176,6 @@ Event ManagedPager::record(const OwnedStream& stream) {
   const auto event = std::make_shared<OwnedEvent>(device_, Timing::kOn);
   device_->event_record(event->get(), stream.get());
   return event;
-}
-
-void ManagedPager::wait_until_over(OwnedEvent& event) {
-  try {
-    device_->event_synchronize(event.get());
-  } catch (const DeviceError& error) {
-    // Work that failed reads and writes nothing any more; only a wait that failed is an error.
-    if (!device_->event_done(event.get())) throw;
-    device_->suppress(error.what());
-  }
 }
 
 }  // namespace penstock

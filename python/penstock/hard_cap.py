@@ -289,7 +289,7 @@ def set_cap(
             known.set_reserve(reserve)
         _apply_overflow(known, overflow, overflow_limit)
         return
-    require_cuda(device, "a hard cap", "Give MemoryManager a cap of its own instead.")
+    require_cuda(device, "set_cap", "Give MemoryManager a cap of its own instead.")
     if uses_cuda() and not is_hooked():
         raise DeviceError(
             "torch has begun to use CUDA already, so its allocator cannot be changed any more: "
@@ -311,7 +311,7 @@ def _apply_overflow(cap: HardCap, overflow: Overflow | None, limit: int | str | 
         raise ValueError('overflow_limit goes with overflow="managed"')
 
 
-def require_cuda(device: str | torch.device, what: str, remedy: str) -> None:
+def require_cuda(device: str | torch.device, call: str, remedy: str) -> None:
     """Refuse what is no CUDA device of torch's.
 
     Raises
@@ -321,9 +321,9 @@ def require_cuda(device: str | torch.device, what: str, remedy: str) -> None:
     """
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         raise DeviceError(
-            f"{what} needs a CUDA device, and {str(device)!r} is none that torch can use here. "
+            f"{call} needs a CUDA device, and {str(device)!r} is none that torch can use here. "
             f"{remedy}",
-            call="set_cap",
+            call=call,
             code=0,
         )
 

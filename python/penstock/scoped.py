@@ -78,7 +78,7 @@ def capped(
     """
     if current_cap(device) is not None:
         raise ValueError(f"{str(device)!r} has a hard cap for the whole process already")
-    require_cuda(device, "capped()", "Give MemoryManager a cap instead.")
+    require_cuda(device, "capped", "Give MemoryManager a cap instead.")
     pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
     ordinal = pager.core_device.info().ordinal
     if ordinal in _active:

@@ -8,7 +8,6 @@ ask for them: the functions behind them are replaced, for devices that the alloc
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,21 +18,11 @@ from torch.backends import ContextProp
 from penstock import _core
 from penstock.errors import DeviceError
 from penstock.out_of_memory import find_thrower
-from penstock.torch_allocator import change_allocator
+from penstock.torch_allocator import change_to_own, change_to_plain
 
 __all__ = ["Served", "hook_torch", "is_hooked", "nested_stats"]
 
-_HOOKS = {
-    "set_reset_fn": "penstock_empty_cache",
-    "set_base_alloc_fn": "penstock_base_alloc",
-    "set_record_stream_fn": "penstock_record_stream",
-    "set_begin_allocate_to_pool": "penstock_begin_pool",
-    "set_end_allocate_to_pool_fn": "penstock_end_pool",
-    "set_release_pool": "penstock_release_pool",
-}
-
-
-_hook: list[Any] = []  # what torch calls, for as long as the process lives
+_hook: list[Any] = []  # torch's object, if there is one, for as long as the process lives
 _served: dict[int, Served] = {}  # by ordinal
 
 
@@ -80,22 +69,12 @@ def hook_torch(ordinal: int, served: Served) -> None:
 def _change_allocator() -> None:
     thrower = find_thrower()
     _core.set_torch_thrower(thrower)
-    path = _core.__file__
-    library = ctypes.CDLL(path)
     # While cuDNN tries what is fast, torch looks for its own out-of-memory error.
-    if thrower and change_allocator(library):
-        _hook.append(library)
-        _replace_functions()
-        return
-    hook = torch.cuda.memory.CUDAPluggableAllocator(path, "penstock_malloc", "penstock_free")
-    inner: Any = hook.allocator()  # type: ignore[no-untyped-call]
-    for setter, symbol in _HOOKS.items():
-        address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
-        getattr(inner, setter)(address)
-    torch.cuda.memory.change_current_allocator(hook)
-    _hook.append(hook)
+    says_largest = bool(thrower) and change_to_own(_core.__file__)
+    _hook.append(None if says_largest else change_to_plain(_core.__file__))
     _replace_functions()
-    _keep_benchmark_off()
+    if not says_largest:
+        _keep_benchmark_off()
 
 
 def nested_stats(allocator: _core.CachingAllocator) -> dict[str, Any]:

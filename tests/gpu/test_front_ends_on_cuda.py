@@ -1,14 +1,11 @@
 """The front ends on a real GPU: the tokens and images of the same models in ordinary memory."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
 import penstock
+from gpu.scenes import run_scene
 from python.support import PAGERS, same_bits
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +26,6 @@ DEVICE = "cuda"
 MIB = 1 << 20
 PAGE = 2 * MIB
 KINDS = kinds(4)
-SCENES = Path(__file__).with_name("front_end_scenes.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,11 +129,4 @@ def test_images_are_those_of_the_pipeline_in_ordinary_memory(name, tmp_path):
 def test_under_a_hard_cap(scene):
     if scene == "pipelines":
         pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
-    ran = subprocess.run(
-        [sys.executable, "-X", "faulthandler", str(SCENES), scene],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
+    run_scene("front_end_scenes.py", scene, 300)

@@ -308,14 +308,15 @@ def test_what_cannot_be_built_for_torchs_allocator_changes_nothing(
     monkeypatch.setattr(torch_allocator.cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch_allocator.sysconfig, "get_path", lambda _: str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert not torch_allocator.change_allocator(ctypes.CDLL(_core.__file__))
+        assert not torch_allocator.change_to_own(_core.__file__)
     assert "benchmark mode stays off" in caplog.text
     assert ("without CUDA" if missing == "libtorch_cuda" else "cuda_runtime_api.h") in caplog.text
 
 
 def test_core_has_the_functions_that_torchs_allocator_calls() -> None:
     core = ctypes.CDLL(_core.__file__)
-    assert all(hasattr(core, name) for name in torch_allocator._FUNCTIONS)
+    names = [torch_allocator._ALLOCATE, torch_allocator._FREE, torch_allocator._LARGEST]
+    assert all(hasattr(core, name) for name in (*names, *torch_allocator._HOOKS.values()))
 
 
 def test_cache_that_others_can_write_to_is_not_used(
