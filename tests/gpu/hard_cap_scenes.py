@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
+from scenes import driver_used, held_by_others, outside
 from torch import nn
 
 import penstock
@@ -29,10 +30,6 @@ def cap_at(room):
     return hard_cap
 
 
-def outside(hard_cap):
-    return hard_cap.pager.budget.stats().used_by_tag["outside"]
-
-
 def warm_up():
     """Have the kernels loaded that scenes use, since they count too."""
     for rows in (4, 64, 6144):
@@ -45,16 +42,6 @@ def warm_up():
     (bits != 3).sum().item()
     torch.full((1000,), 7.0, device="cuda").eq(7.0).all().item()
     torch.cuda.synchronize()
-
-
-def driver_used():
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
-def held_by_others(hard_cap):
-    ledger = hard_cap.pager.budget.stats()
-    return driver_used() - hard_cap.watch.stats().held - ledger.used + outside(hard_cap)
 
 
 def figures():
@@ -104,7 +91,7 @@ def figures():
         assert "in use" in str(error)
     else:
         raise AssertionError("a tensor is there")
-    penstock.set_cap(outside(hard_cap) + 300 * MIB)
+    penstock.set_cap(outside(hard_cap) + start + 300 * MIB)
     torch.empty(280 * MIB, dtype=torch.uint8, device="cuda")
     assert kept.sum().item() == 1000
 
