@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 import warnings
+from collections import Counter
 from datetime import timedelta
 
 import torch
@@ -13,7 +14,10 @@ from scenes import driver_used, held_by_others, outside
 from torch import nn
 
 import penstock
-from penstock.hard_cap import current_cap
+from penstock import _core
+from penstock import hard_cap as hard_cap_module
+from penstock.hard_cap import HardCap, current_cap
+from penstock.torch_hook import hook_torch
 
 MIB = 1 << 20
 
@@ -364,6 +368,128 @@ def late():
         assert "before" in str(error)
     else:
         raise AssertionError("torch's allocator was in use")
+
+
+class Faults:
+    """A little of everything that asks the device, with a call of it made to fail."""
+
+    def __init__(self):
+        self.device = _core.FaultyDevice(_core.open_device("cuda"))
+        self.hard_cap = HardCap("6GiB", device=self.device, page_size="2MiB")
+        hook_torch(0, self.hard_cap)
+        hard_cap_module._caps[0] = self.hard_cap
+        self.side = [torch.cuda.Stream() for _ in range(2)]
+        torch.manual_seed(5)
+        self.state = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).state_dict()
+        self.wanted = None  # the model's output
+        self.manager = None
+
+    def work(self):
+        self.tensors()
+        self.graph()
+        self.model()
+        torch.cuda.empty_cache()
+
+    def tensors(self):
+        held = []
+        for nbytes in (100, 3000, 5 * MIB, 40 * MIB):
+            for stream in self.side:
+                with torch.cuda.stream(stream):
+                    x = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+                    assert x.data_ptr() != 0 and x.numel() == nbytes
+                    x.fill_(nbytes % 251)
+                    held.append((x, stream))
+        for x, stream in held:
+            other = self.side[1 - self.side.index(stream)]
+            other.wait_stream(stream)
+            with torch.cuda.stream(other):
+                assert bool((x == x.numel() % 251).all())
+            x.record_stream(other)
+        del held, x
+        torch.empty(200 * MIB, dtype=torch.uint8, device="cuda").fill_(1)
+        torch.empty(4 * MIB, dtype=torch.uint8, device="cuda").fill_(1)
+
+    def graph(self):
+        x = torch.ones(1000, 1000, device="cuda")
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            y = (x + 1) * 2
+        captured.replay()
+        assert bool((y == 4).all())
+
+    def model(self):
+        def build():
+            return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+
+        self.manager = penstock.MemoryManager(device="cuda", progress=False)
+        self.manager.register("m", build, self.state)
+        x = torch.linspace(-1, 1, 1024, device="cuda")
+        with torch.no_grad(), self.manager.use("m") as module:
+            for _ in range(3):
+                y = module(x).cpu()
+                if self.wanted is None:
+                    self.wanted = y
+                assert torch.equal(y, self.wanted)
+        self.manager.unregister("m")
+        self.manager = None
+
+    def settle(self):
+        """Let go of everything, and look whether the ledger says so."""
+        self.device.reset()
+        if self.manager is not None and "m" in self.manager.stats().models:
+            with torch.no_grad(), self.manager.use("m") as module:
+                module(torch.linspace(-1, 1, 1024, device="cuda"))
+            self.manager.unregister("m")
+        self.manager = None
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        by_tag = self.hard_cap.pager.budget.stats().used_by_tag
+        return by_tag["weights"], by_tag["activations"], torch.cuda.memory_allocated()
+
+    def fail(self, name, position):
+        """Return what a failure of one call came to."""
+        self.device.reset()
+        self.device.fail_nth_call_of(name, position)
+        try:
+            self.work()
+        except AssertionError:
+            raise  # something was wrong, and nothing said so
+        except Exception as error:
+            texts = []
+            while error is not None:
+                texts.append(str(error))
+                error = error.__cause__ or error.__context__
+            assert self.device.fired, (name, position, texts)
+            if not any("injected fault" in text for text in texts):
+                print(f"{name} #{position}: {texts}", flush=True)
+            return "raised"
+        return "went on" if self.device.fired else "did not come"
+
+
+def faults():
+    scene = Faults()
+    for _ in range(3):  # libraries take their workspaces, and the model's plan settles
+        scene.work()
+    at_rest = scene.settle()
+    assert at_rest[0] == 0, at_rest
+    scene.work()
+    calls = scene.device.calls()
+    print(calls, flush=True)
+    for name, count in sorted(calls.items()):
+        outcomes = Counter()
+        tried = min(count, 48)  # all of them, or evenly spread ones
+        for position in sorted({i * (count - 1) // max(1, tried - 1) for i in range(tried)}):
+            outcomes[scene.fail(name, position)] += 1
+            after = scene.settle()
+            assert after == at_rest, (name, position, after, at_rest)
+            scene.work()
+        print(f"{name}: {count} calls, {dict(outcomes)}", flush=True)
+    for name in ("frame_create", "map", "address_reserve", "copy", "host_register"):
+        assert calls.get(name), name
+    ledger = scene.hard_cap.pager.budget.stats()
+    assert ledger.peak <= ledger.cap
+    assert scene.settle() == at_rest
 
 
 if __name__ == "__main__":

@@ -7,8 +7,19 @@ from gpu.scenes import run_scene
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(
-    "scene", ["figures", "streams", "graph", "room", "neighbours", "benchmark", "overflow", "late"]
-)
+SCENES = [
+    "figures",
+    "streams",
+    "graph",
+    "room",
+    "neighbours",
+    "benchmark",
+    "overflow",
+    "late",
+    "faults",
+]
+
+
+@pytest.mark.parametrize("scene", SCENES)
 def test_scene(scene):
-    run_scene("hard_cap_scenes.py", scene, 240)
+    run_scene("hard_cap_scenes.py", scene, 480)
