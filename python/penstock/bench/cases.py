@@ -28,6 +28,8 @@ class Sizes:
     ----------
     ring
         So little that nothing stays resident but the ring.
+    peer
+        Less than the fastest of the peers takes, which keeps embedding and head in place.
     cap
         A part of the weights.
     above
@@ -37,6 +39,7 @@ class Sizes:
     """
 
     ring: int
+    peer: int
     managed_ring: int
     cap: int
     above: int
@@ -91,6 +94,7 @@ def catalogue(device: str, sizes: Sizes) -> list[Case]:
     cases = [
         Case("resident", "resident", {"writes": "short"}),
         ours("frames-ring", **frames, cap=sizes.ring),
+        ours("frames-peer", **frames, cap=sizes.peer),
         ours("managed-ring", **managed, cap=sizes.managed_ring),
         ours("frames-cap", **frames, cap=sizes.cap),
         ours("managed-cap", **managed, cap=sizes.cap),

@@ -158,10 +158,13 @@ def _faster_per_pass(case: str) -> _Promise:
     def verdict(rows: _Rows) -> _Verdict:
         own = rows[case]
         best = min(rows.peers(), key=lambda row: row["seconds"])
-        bound = f"< {best['seconds']:.5f} s ({best['case']})"
-        return f"{own['seconds']:.5f} s", bound, own["seconds"] < best["seconds"]
+        vram = best["vram_bytes"]
+        bound = f"< {best['seconds']:.5f} s in {format_bytes(vram)} ({best['case']})"
+        reached = f"{own['seconds']:.5f} s in {format_bytes(own['vram_bytes'])}"
+        holds = own["seconds"] < best["seconds"] and own["vram_bytes"] <= vram
+        return reached, bound, holds
 
-    return case, "seconds per pass, below every other library's", verdict
+    return case, "seconds per pass, below every other library's, in no more memory", verdict
 
 
 def _faster_than_the_limit(case: str) -> _Promise:
@@ -238,12 +241,12 @@ def _as_fast_as(case: str, eager: str, most: float) -> _Promise:
     return case, f"seconds, of {eager}", verdict
 
 
-def _launches(case: str, most: float) -> _Promise:
+def _launches(case: str, figure: str, when: str, most: float) -> _Promise:
     def verdict(rows: _Rows) -> _Verdict:
-        taken = rows[case]["launch_seconds"]
+        taken = rows[case][figure]
         return f"{1e6 * taken:.0f} us", f"< {1e6 * most:.0f} us", taken < most
 
-    return case, "host time per replay", verdict
+    return case, f"host time per replay, {when}", verdict
 
 
 def _own_host(case: str, most: int) -> _Promise:
@@ -297,7 +300,7 @@ def _loads(case: str, least: float) -> _Promise:
 _PROMISES: Sequence[_Promise] = (
     _share_of_link("penstock-frames-ring", 0.985),
     _in_ring("penstock-frames-ring", 400 * MIB),
-    _faster_per_pass("penstock-frames-ring"),
+    _faster_per_pass("penstock-frames-peer"),
     _faster_than_the_limit("penstock-frames-ring"),
     _faster_per_byte("penstock-frames-ring"),
     _share_of_link("penstock-managed-ring", 0.85),
@@ -306,7 +309,8 @@ _PROMISES: Sequence[_Promise] = (
     _as_resident("penstock-frames-above", 1.01),
     _overlaps("penstock-frames-long", 1.08),
     _as_fast_as("penstock-frames-graph", "penstock-frames-ring", 1.01),
-    _launches("penstock-frames-graph", 300e-6),
+    _launches("penstock-frames-graph", "launch_seconds", "on an idle device", 300e-6),
+    _launches("penstock-frames-graph", "launch_seconds_in_a_row", "several in a row", 300e-6),
     _share_of_link("penstock-frames-mapped", 0.95),
     _own_host("penstock-frames-mapped", 64 * MIB),
     _of_raw_reads("penstock-frames-stream", 0.9),

@@ -98,14 +98,24 @@ def time_in_turn(
     return Times.of(ours), Times.of(theirs)
 
 
-def time_launches(work: Callable[[], object], device: torch.device, *, passes: int) -> Times:
-    """Time only how long the host takes to issue a call, on an idle device."""
+def time_launches(
+    work: Callable[[], object], device: torch.device, *, passes: int, in_a_row: int = 1
+) -> Times:
+    """Time only how long the host takes to issue a call.
+
+    Parameters
+    ----------
+    in_a_row
+        Calls to issue while the first of them has not ended, from an idle device on; the seconds
+        are of one.
+    """
     taken = []
     for _ in range(passes):
         synchronize(device)
         start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
+        for _ in range(in_a_row):
+            work()
+        taken.append((time.perf_counter() - start) / in_a_row)
     synchronize(device)
     return Times.of(taken)
 
