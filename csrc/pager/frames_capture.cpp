@@ -32,7 +32,7 @@ void FramesRegion::begin_capture(StreamHandle stream) {
   const auto shared = std::count_if(places_.begin(), places_.end(),
                                     [](const Place& place) { return place.pages.size() > 1; });
   capture_.emplace();
-  capture_->most = std::max<std::size_t>(1, static_cast<std::size_t>(shared) / 2);
+  capture_->ring = static_cast<std::size_t>(shared);
 }
 
 void FramesRegion::end_capture(StreamHandle stream) {

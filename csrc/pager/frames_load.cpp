@@ -56,7 +56,7 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
   // as few copies as its ring allows, since each costs its launch some microseconds.
   const PageIndex first = pages[start];
   std::size_t most = verify_ ? 1 : tier_->pages_together(first);
-  if (capture_) most = std::min(most, capture_->most);
+  if (capture_) most = std::min(most, capture_->most());
   const StepTime use = schedule_.next_use(first, now_);
   std::size_t count = 1;
   for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
@@ -107,6 +107,7 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     page.last_use = uses_;
     page.used = false;
   }
+  if (capture_) ++capture_->copies;
   stats_.loaded_bytes += count * page_size_;
   if (demanded) stats_.demand_loads += count;
   notify_load(first, count, count * page_size_, start, ready, demanded);

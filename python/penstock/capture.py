@@ -49,9 +49,10 @@ class CapturedPass:
         self._pager = memory.pager
         self._inputs = tree_map(_static, (args, kwargs))
         args, kwargs = self._inputs
+        runner.stay_by_steps()
         _settle(runner, args, kwargs)
         self._graph = torch.cuda.CUDAGraph()
-        # Residents are loaded by now, everything else by the graph itself.
+        # What stays was loaded by the last pass, everything else by the graph itself.
         self._core.prepare_capture()
         torch.cuda.synchronize(self._pager.device)
         before = memory.streamer.stats().loaded_bytes
@@ -96,9 +97,10 @@ class CapturedPass:
 
 def _settle(runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for _ in range(_MOST_PASSES):
+        settled = runner.settled
         runner.module(*args, **kwargs)
         torch.cuda.synchronize()  # so that the times of the pass can be read
-        if runner.settled:
+        if settled and runner.settled:
             return
     raise ScheduleError(
         f"the plan is not settled after {_MOST_PASSES} passes: the model takes other steps with "

@@ -183,14 +183,14 @@ class Runner:
         """Whether the plan is final for the order that is followed."""
         return self._free or self._planning.settled(self._expected)
 
-    @contextmanager
-    def captured(self) -> Iterator[None]:
-        """Let the next pass be captured in a graph, with all it loads.
-
-        A graph needs its pages idle, so from now on nothing is held in place.
-        """
+    def stay_by_steps(self) -> None:
+        """Hold nothing in place from now on: a graph needs its pages idle."""
         self._by_steps = True
         self.attach()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Let the next pass be captured in a graph, with all it loads."""
         self._capturing = True
         self._streamer.set_capturing(True)
         try:

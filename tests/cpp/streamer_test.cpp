@@ -352,7 +352,7 @@ TEST(Streamer, StallIsThatOfTheStepWhosePagesAreLate) {
   ASSERT_EQ(passes.size(), 2U);
   const PassStats& pass = passes.back();
   EXPECT_EQ(pass.longest_stall_step, 5U);
-  EXPECT_GT(pass.longest_stall_seconds, 0.025);
+  EXPECT_GT(pass.longest_stall_seconds, 0.01);  // part of it is over when the step begins
   EXPECT_GE(pass.stall_seconds, pass.longest_stall_seconds);
   EXPECT_GE(pass.seconds, pass.stall_seconds);
   EXPECT_EQ(pass.misses, 0U);

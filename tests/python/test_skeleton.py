@@ -96,6 +96,33 @@ def test_initialization_is_not_run_on_memory() -> None:
     assert seen[0].is_meta
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        nn.init.normal_,
+        nn.init.kaiming_uniform_,
+        nn.init.trunc_normal_,
+        nn.init.xavier_uniform_,
+        nn.init.orthogonal_,
+        nn.init.zeros_,
+        lambda weight: weight.data.normal_(),
+    ],
+)
+def test_what_initializes_finds_a_parameter_and_buffers_get_their_values(
+    fill: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(5, 5))
+            assert fill(self.weight).shape == (5, 5)
+            self.register_buffer("table", nn.init.constant_(torch.empty(3), 2.0).mul_(2))
+
+    skeleton = build_skeleton(Filled)
+    assert skeleton.weight.is_meta
+    assert torch.equal(skeleton.table, torch.full((3,), 4.0))
+
+
 # ---- ties --------------------------------------------------------------------------------------
 
 
