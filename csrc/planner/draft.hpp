@@ -14,6 +14,7 @@ namespace penstock {
 
 struct Draft {
   Plan plan;
+  double cost = 0;             ///< Seconds of a pass, and what its steps cost the host.
   std::size_t room = 0;        ///< Frames of the ring beyond the largest step's streamed pages.
   std::size_t collisions = 0;  ///< Reads of a page whose frame another page of the step has.
 };
@@ -38,6 +39,7 @@ class Drafter {
   Draft finish(const std::vector<bool>& resident, std::vector<SlotIndex> slot,
                std::size_t ring) const;
   std::size_t largest_streamed(const Plan& plan) const;
+  std::size_t streaming_steps(const Plan& plan) const;
   std::size_t collisions_of(const Plan& plan) const;
 
   const PlanRequest& request_;

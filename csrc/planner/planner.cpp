@@ -151,6 +151,8 @@ std::vector<Draft> Planner::drafts() const {
     }
     query.step_seconds = request_.step_seconds;
     if (some_time) add(query);
+    query.by_steps = true;
+    add(query);
   }
   return drafts;
 }
@@ -163,10 +165,10 @@ const Draft& Planner::best(const std::vector<Draft>& drafts) const {
   for (const Draft& draft : drafts) {
     if (draft.collisions == fewest->collisions) left.push_back(&draft);
   }
-  auto quickest = [&] {
-    double seconds = left.front()->plan.seconds;
-    for (const Draft* draft : left) seconds = std::min(seconds, draft->plan.seconds);
-    return seconds;
+  auto cheapest = [&] {
+    double cost = left.front()->cost;
+    for (const Draft* draft : left) cost = std::min(cost, draft->cost);
+    return cost;
   };
   auto narrow = [&](auto good) {
     std::vector<const Draft*> good_ones;
@@ -177,13 +179,13 @@ const Draft& Planner::best(const std::vector<Draft>& drafts) const {
     narrow([&](const Draft* draft) { return draft->room >= kRoomInDoubt; });
     narrow([&](const Draft* draft) { return draft->plan.ring >= doubtful_ring(); });
   }
-  const double limit = quickest() * kRoomPrice;
-  narrow([&](const Draft* draft) { return draft->room >= kRoom && draft->plan.seconds <= limit; });
-  const double as_good = quickest() * kAsGood;
-  narrow([&](const Draft* draft) { return draft->plan.seconds <= as_good; });
+  const double limit = cheapest() * kRoomPrice;
+  narrow([&](const Draft* draft) { return draft->room >= kRoom && draft->cost <= limit; });
+  const double as_good = cheapest() * kAsGood;
+  narrow([&](const Draft* draft) { return draft->cost <= as_good; });
   return **std::min_element(left.begin(), left.end(), [](const Draft* a, const Draft* b) {
     if (a->plan.ring != b->plan.ring) return a->plan.ring < b->plan.ring;
-    return a->plan.seconds < b->plan.seconds;
+    return a->cost < b->cost;
   });
 }
 

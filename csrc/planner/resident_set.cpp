@@ -8,6 +8,38 @@ namespace penstock {
 
 namespace {
 
+using Groups = std::vector<std::vector<PageIndex>>;
+
+// Brings groups to the front that have `count` pages together: of the largest ones, as many as are
+// needed, at even distances. @return how many groups that are; all if they have fewer pages.
+std::size_t choose_evenly(Groups& groups, std::size_t count) {
+  std::vector<std::size_t> with(1, 0);  // by size: pages of groups that are no smaller
+  for (const auto& group : groups) {
+    with.resize(std::max(with.size(), group.size() + 1), 0);
+    with[group.size()] += group.size();
+  }
+  std::size_t least = with.size() - 1;
+  std::size_t pages = with[least];
+  while (least > 0 && pages < count) pages += with[--least];
+  const auto large = [&](const auto& group) { return group.size() >= least; };
+  const auto end = std::stable_partition(groups.begin(), groups.end(), large);
+  const auto there = static_cast<std::size_t>(end - groups.begin());
+  if (pages <= count) return there;
+  for (std::size_t wanted = count * there / pages; wanted < there; ++wanted) {
+    const auto turn = [&](std::size_t i) { return (i + 1) * wanted / there > i * wanted / there; };
+    std::size_t sum = 0;
+    for (std::size_t i = 0; i < there; ++i) sum += turn(i) ? groups[i].size() : 0;
+    if (sum < count) continue;
+    Groups chosen;
+    for (std::size_t i = 0; i < there; ++i) {
+      if (turn(i)) chosen.push_back(std::move(groups[i]));
+    }
+    groups = std::move(chosen);
+    return groups.size();
+  }
+  return there;
+}
+
 class Chooser {
  public:
   Chooser(const Reads& reads, const std::vector<bool>& forced, const ResidentQuery& query)
@@ -21,6 +53,7 @@ class Chooser {
   void take_repeated() { take_by_loads(streamed(), 2); }
   void take_spread_by_time();
   void take_spread_by_pages() { take_by_loads(streamed(), 1); }
+  void take_all_but_some_steps();
 
   const std::vector<bool>& resident() const noexcept { return resident_; }
 
@@ -28,6 +61,7 @@ class Chooser {
   void count_loads();
   void take(const std::vector<PageIndex>& pages);
   void take_by_loads(const std::vector<PageIndex>& pages, std::size_t least_loads);
+  void take_shared_first(std::vector<PageIndex> pages);
   std::vector<PageIndex> streamed() const;
   std::vector<std::size_t> share_by_time(const std::vector<std::size_t>& most,
                                          std::size_t count) const;
@@ -86,6 +120,14 @@ void Chooser::take_by_loads(const std::vector<PageIndex>& pages, std::size_t lea
   }
 }
 
+// Those first that other steps read too, so that what is left is of this step and lies together.
+void Chooser::take_shared_first(std::vector<PageIndex> pages) {
+  std::stable_partition(pages.begin(), pages.end(),
+                        [&](PageIndex page) { return reads_.steps_of[page].size() > 1; });
+  pages.resize(left_);
+  take(pages);
+}
+
 bool Chooser::make_steps_fit() {
   std::vector<StepIndex> steps(reads_.step_count());
   std::iota(steps.begin(), steps.end(), StepIndex{0});
@@ -107,7 +149,11 @@ bool Chooser::make_steps_fit() {
     if (excess > std::min(left_, pages.size())) return false;
     const std::size_t rest = left_ - excess;
     left_ = excess;
-    take_by_loads(pages, 1);
+    if (query_.by_steps) {
+      take_shared_first(pages);
+    } else {
+      take_by_loads(pages, 1);
+    }
     left_ = rest;
   }
   return true;
@@ -156,6 +202,33 @@ void Chooser::take_spread_by_time() {
   }
 }
 
+// What streams is of steps at even distances, those that have many pages of their own, and all of
+// these. Where such steps do not have enough, pages of several steps stream, too.
+void Chooser::take_all_but_some_steps() {
+  const std::vector<PageIndex> pages = streamed();
+  std::size_t count = pages.size() - std::min(left_, pages.size());  // to stream
+  std::vector<std::vector<PageIndex>> own(reads_.step_count());
+  for (const PageIndex page : pages) {
+    const auto& steps = reads_.steps_of[page];
+    if (steps.size() == 1) own[steps.front()].push_back(page);
+  }
+  own.erase(std::remove_if(own.begin(), own.end(), [](const auto& each) { return each.empty(); }),
+            own.end());
+  const std::size_t chosen = choose_evenly(own, count);
+  std::vector<bool> streams(reads_.page_count(), false);
+  for (std::size_t i = 0; i < chosen; ++i) {
+    for (const PageIndex page : own[i]) {
+      if (count == 0) break;
+      streams[page] = true;
+      --count;
+    }
+  }
+  std::vector<PageIndex> others;
+  std::copy_if(pages.begin(), pages.end(), std::back_inserter(others),
+               [&](PageIndex page) { return !streams[page]; });
+  take_by_loads(others, 1);
+}
+
 }  // namespace
 
 std::vector<PageIndex> spread(const std::vector<PageIndex>& pages, std::size_t count) {
@@ -173,7 +246,9 @@ std::optional<std::vector<bool>> choose_resident(const Reads& reads,
   Chooser chooser(reads, forced, query);
   if (!chooser.make_steps_fit()) return std::nullopt;
   chooser.take_repeated();
-  if (query.step_seconds.empty()) {
+  if (query.by_steps) {
+    chooser.take_all_but_some_steps();
+  } else if (query.step_seconds.empty()) {
     chooser.take_spread_by_pages();
   } else {
     chooser.take_spread_by_time();

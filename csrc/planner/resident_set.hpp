@@ -1,7 +1,8 @@
 // The resident set: which pages stay, given how many may. What has to stay comes first; then, step
 // by step, the largest first, as many pages as the ring is too small for; then the pages that would
 // have to be loaded several times a pass; and then the others, chosen so that what streams is
-// spread over the pass and copies go on while steps compute.
+// spread over the pass and copies go on while steps compute: page by page, or in whole steps, so
+// that few steps have anything to wait for and the host has little to do.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +19,7 @@ struct ResidentQuery {
   std::size_t ring = 0;              ///< Frames for the others.
   std::size_t largest_step = 0;      ///< Pages that any one step may stream; at most `ring`.
   std::vector<double> step_seconds;  ///< What to spread by: time; empty to spread by pages.
+  bool by_steps = false;             ///< Whether few steps are to have all that streams.
 };
 
 /// @param forced  By page: pages that have to stay, at most `count`.

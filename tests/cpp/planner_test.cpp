@@ -325,6 +325,40 @@ TEST(Planner, StreamedPagesAreSpreadOverThePass) {
   }
 }
 
+std::size_t streaming_steps(const Plan& plan, const Steps& steps) {
+  return static_cast<std::size_t>(std::count_if(steps.begin(), steps.end(), [&](const auto& pages) {
+    return std::any_of(pages.begin(), pages.end(),
+                       [&](PageIndex page) { return !is_resident(plan, page); });
+  }));
+}
+
+TEST(Planner, WhatStreamsIsOfFewStepsAllOverThePass) {
+  Steps steps;  // three pages each, the first and last of which their neighbours read, too
+  for (PageIndex i = 0; i < 60; ++i) steps.push_back({2 * i, 2 * i + 1, 2 * i + 2});
+  const std::vector<double> seconds(steps.size(), 20e-6);
+  for (const std::size_t frames : {71U, 91U, 111U}) {
+    const Plan plan = valid_plan(request_of(121, steps, frames, seconds));
+    EXPECT_EQ(plan.loads.size(), 121 - plan.resident.size());
+    EXPECT_LE(plan.ring, 4U);
+    // As many as there are pages: each streamed page is one that a single step reads.
+    EXPECT_EQ(streaming_steps(plan, steps), plan.loads.size());
+    std::vector<std::size_t> gaps;
+    for (std::size_t i = 0; i + 1 < plan.loads.size(); ++i) {
+      gaps.push_back(plan.loads[i + 1].step - plan.loads[i].step);
+    }
+    const auto [least, most] = std::minmax_element(gaps.begin(), gaps.end());
+    EXPECT_LE(*most - *least, 1U);
+  }
+}
+
+TEST(Planner, PagesOfSeveralStepsStreamWhereTheOthersAreTooFew) {
+  Steps steps;
+  for (PageIndex i = 0; i < 60; ++i) steps.push_back({2 * i, 2 * i + 1, 2 * i + 2});
+  const Plan plan = valid_plan(request_of(121, steps, 21, std::vector<double>(60, 20e-6)));
+  EXPECT_EQ(plan.loads.size(), 121 - plan.resident.size());
+  EXPECT_EQ(plan.frames(), 21U);
+}
+
 TEST(Planner, PagesThatNoStepReadsGetAFrameOfTheRing) {
   const Plan plan = valid_plan(request_of(10, single_pages(6), 8));
   EXPECT_EQ(plan.resident, (Pages{0, 1, 2, 3, 4, 5}));
