@@ -21,7 +21,8 @@ std::string name_of(PoolId id) {
 }  // namespace
 
 void CachingAllocator::begin_pool(PoolId id, StreamFilter filter) {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
+  device_waits_over_.wait(lock, [&] { return device_waits_ == 0; });
   for (const Begun& begun : begun_) {
     if (begun.pool->id == id) throw std::invalid_argument(name_of(id) + " is begun already");
   }
@@ -100,17 +101,27 @@ void CachingAllocator::wait_until_unused(Lock& lock, const std::vector<Block*>& 
   for (void* stream : streams) {
     if (!whole_device) events.push_back(events_.record({stream}));
   }
+  if (whole_device) ++device_waits_;
   lock.unlock();
-  for (const Event& event : events) wait_until_over(*device_, event);
-  if (whole_device) {
-    try {
-      device_->synchronize();
-    } catch (const std::exception& error) {
-      device_->suppress(error.what());  // of work that failed, it may be: that is told once
-      device_->synchronize();
-    }
+  std::exception_ptr error;
+  try {
+    for (const Event& event : events) wait_until_over(*device_, event);
+    if (whole_device) synchronize_device();
+  } catch (...) {
+    error = std::current_exception();
   }
   lock.lock();
+  if (whole_device && --device_waits_ == 0) device_waits_over_.notify_all();
+  if (error) std::rethrow_exception(error);
+}
+
+void CachingAllocator::synchronize_device() {
+  try {
+    device_->synchronize();
+  } catch (const std::exception& error) {
+    device_->suppress(error.what());  // of work that failed, it may be: that is told once
+    device_->synchronize();
+  }
 }
 
 std::size_t CachingAllocator::reclaim(Lock& lock, std::size_t count, const Growth* kept,

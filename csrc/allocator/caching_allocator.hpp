@@ -25,6 +25,7 @@
 #pragma once
 
 #include <array>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -82,7 +83,8 @@ class CachingAllocator : public RoomSource {
   std::size_t empty_cache();
   std::size_t give_back(std::size_t nbytes) override;
 
-  /// Serves requests on the streams that `filter` names from pool `id`.
+  /// Serves requests on the streams that `filter` names from pool `id`. What captures in it may
+  /// begin as soon as this returns: nobody waits for the whole device then, or will.
   /// @throws std::invalid_argument where it is begun already.
   void begin_pool(PoolId id, StreamFilter filter);
   /// Requests are served from the common pool again. @throws std::invalid_argument if not begun.
@@ -148,6 +150,7 @@ class CachingAllocator : public RoomSource {
                       std::vector<Frame>& frames);
   std::vector<CachedRun> find_cached(const Growth* kept);
   void wait_until_unused(Lock& lock, const std::vector<Block*>& leaving);
+  void synchronize_device();  // without the lock
   bool wait_for_held(Lock& lock);
   bool make_room(std::size_t requested, std::size_t count);  // without the lock
   void drop_empty_pools();
@@ -166,6 +169,8 @@ class CachingAllocator : public RoomSource {
   BlockPool common_;
   std::map<PoolId, std::unique_ptr<BlockPool>> private_;
   std::vector<Begun> begun_;
+  std::size_t device_waits_ = 0;  // for the whole device, without the lock
+  std::condition_variable device_waits_over_;
   Heap* latest_ = nullptr;  // of the common pool
   HoldBack held_;
   std::vector<Block*> retired_;  // kept for its memory

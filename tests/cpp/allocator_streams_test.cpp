@@ -2,7 +2,9 @@
 // block that goes on too early is seen to be overwritten.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
+#include <thread>
 #include <vector>
 
 #include "error/error.hpp"
@@ -229,6 +231,38 @@ TEST(AllocatorPools, ReleasedPoolIsWaitedForOnAllStreams) {
   setup.settle();
   EXPECT_EQ(setup.writer.wrong(), 0U);
   EXPECT_THROW(allocator.release_pool(kPool), std::invalid_argument);  // forgotten
+}
+
+TEST(AllocatorPools, CaptureBeginsAfterAWaitForTheWholeDevice) {
+  Gate busy;
+  StreamsSetup setup(2);
+  CachingAllocator& allocator = *setup.allocator;
+  allocator.begin_pool(kPool, only(setup.first.get()));
+  allocator.free(setup.take(kFrame, setup.first.get()));
+  allocator.end_pool(kPool);
+  allocator.release_pool(kPool);
+  run_on(setup.second.get(), [&] { busy.wait(); });
+  std::atomic<bool> emptied{false};
+  std::atomic<bool> opened{false};
+  std::thread other([&] {
+    EXPECT_EQ(allocator.empty_cache(), kFrame);
+    emptied = true;
+  });
+  while (setup.device->calls()["synchronize"] == 0) std::this_thread::yield();
+  std::thread work([&] {
+    std::this_thread::sleep_for(milliseconds(20));
+    EXPECT_FALSE(emptied);
+    opened = true;
+    busy.open();
+  });
+  allocator.begin_pool(kPool, only(setup.first.get()));
+  setup.spy->set_capturing(setup.first.get(), true);
+  EXPECT_TRUE(opened);
+  setup.spy->set_capturing(setup.first.get(), false);
+  allocator.end_pool(kPool);
+  work.join();
+  other.join();
+  allocator.release_pool(kPool);
 }
 
 TEST(AllocatorPools, NothingIsRecordedOnAStreamThatCaptures) {
