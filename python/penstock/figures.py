@@ -62,6 +62,9 @@ class CapStats:
         Anything else that was charged by name.
     outside, reserve
         What the process holds beyond the ledger, and what is kept for that to grow.
+    peak_by_tag
+        The most that each tag of the ledger had: rings are in `weights`, what is cached in
+        `activations`, the reserve in `outside`. They need not have been at the same time.
     refused
         Charges that did not fit at first; most of them did after room was made.
     out_of_memory
@@ -87,6 +90,7 @@ class CapStats:
     outside: int
     reserve: int
     overflow: int
+    peak_by_tag: Mapping[str, int]
     refused: int
     out_of_memory: int
     room_made: int
@@ -104,6 +108,8 @@ class CapStats:
             lines.append(f"  {name:<12} {format_bytes(nbytes):>12} {nbytes / self.cap:7.1%}")
         if self.overflow > 0:
             lines.append(f"  {'on the host':<12} {format_bytes(self.overflow):>12}")
+        peaks = (f"{tag} {format_bytes(peak)}" for tag, peak in self.peak_by_tag.items() if peak)
+        lines.append(f"  peaks: {', '.join(peaks) or 'none'}")
         lines.append(
             f"  {format_bytes(self.room_made)} of room made for tensors, "
             f"{self.out_of_memory} requests refused"
@@ -155,6 +161,7 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
         outside=by_tag["outside"] - reserve,
         reserve=reserve,
         overflow=overflow,
+        peak_by_tag=ledger.peak_by_tag,
         refused=ledger.refused,
         out_of_memory=torch_stats["num_ooms"],
         room_made=cap.allocator.given_bytes,

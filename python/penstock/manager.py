@@ -744,7 +744,7 @@ class MemoryManager:
         write_trace(Path(path), spans)
 
     def schedule(self, name: str) -> str:
-        """Return the table of upcoming operations: each step, what it reads, on which pages.
+        """Return the table of upcoming operations: each step, the pages it needs, what it reads.
 
         Raises
         ------
@@ -753,7 +753,8 @@ class MemoryManager:
         """
         with self._lock:
             model = self._find(name)
-            return format_schedule(model.runner.schedule() if model.runner else [])
+            steps = model.runner.schedule() if model.runner else []
+            return format_schedule(steps, self._pager.page_size)
 
     def loosen(self) -> None:
         """Have models that are in place as a whole run step by step, so that they can give way."""

@@ -214,13 +214,14 @@ def _model_lines(name: str, model: ModelStats, link_rate: float) -> list[str]:
     return lines
 
 
-def format_schedule(steps: Sequence[tuple[str, list[str], list[int]]]) -> str:
-    """Return a table of steps: number, name, pages in use, tensors read."""
+def format_schedule(steps: Sequence[tuple[str, list[str], list[int]]], page_size: int) -> str:
+    """Return a table of steps: number, name, pages in use, their bytes, tensors read."""
     if not steps:
         return "no steps"
     width = max(len(name) for name, _, _ in steps)
     return "\n".join(
-        f"{number:5}  {name:{width}}  {_ranges(pages):>12}  {', '.join(tensors)}"
+        f"{number:5}  {name:{width}}  {_ranges(pages):>12}  "
+        f"{format_bytes(len(pages) * page_size):>10}  {', '.join(tensors)}"
         for number, (name, tensors, pages) in enumerate(steps)
     )
 

@@ -97,6 +97,10 @@ def test_parts_add_up_and_are_told_apart(cap: HardCap) -> None:
             cap.allocator.allocate(64 * PAGE, 0)
     after = penstock.memory_stats()
     assert (after.out_of_memory, after.room_made > 0) == (1, True)
+    assert stats.peak_by_tag["weights"] >= stats.weights + stats.ring
+    assert stats.peak_by_tag["activations"] >= stats.activations + stats.cached
+    assert stats.peak_by_tag["outside"] == 3 * PAGE
+    assert f"outside {3 * PAGE // KIB}.00 KiB" in str(stats)
     text = penstock.memory_summary()
     assert text == str(after)
     assert all(part in text for part in (*PARTS, "model m", "1 requests refused", "2.19 MiB"))

@@ -169,7 +169,8 @@ def test_report_and_schedule_say_what_happens() -> None:
     lines = schedule.splitlines()
     assert len(lines) == LAYERS
     for number, line in enumerate(lines):
-        assert line.split() == [str(number), str(number), str(number), f"{number}.weight"]
+        size = ["64.00", "KiB"]
+        assert line.split() == [str(number), str(number), str(number), *size, f"{number}.weight"]
 
 
 def test_schedule_of_a_model_without_weights() -> None:
