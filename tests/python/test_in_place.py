@@ -69,6 +69,33 @@ class Shortcut(nn.Module):
         return x
 
 
+class TwoWays(nn.Module):
+    """Has a way of small layers, and one of a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = stack(10)
+        self.large = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.through_large = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large(x) if self.through_large else self.small(x)
+
+
+@pytest.mark.parametrize("frames", [4, 5, 8, 11])
+def test_what_is_held_leaves_room_for_every_way(frames: int) -> None:
+    plain = build(TwoWays, 5)
+    manager = MemoryManager(cap=frames * PAGE, device="cpu", pager="frames", page_size=PAGE)
+    manager.register("m", lambda: TwoWays().eval(), state_of(plain))
+    with torch.no_grad(), manager.use("m") as module:
+        for through_large in (False, True, False, True):
+            module.through_large = plain.through_large = through_large
+            wanted = plain(X)
+            for _ in range(8):
+                assert same_bits(module(X), wanted)
+    assert manager.stats().used == 0
+
+
 def test_other_paths_are_right_after_what_stays_is_held() -> None:
     plain = build(Shortcut, 5)
     manager = MemoryManager(cap=8 * PAGE, device="cpu", pager="frames", page_size=PAGE)
