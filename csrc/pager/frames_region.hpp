@@ -157,9 +157,10 @@ class FramesRegion : public Region {
   /// While a pass is captured. What a stream of the graph is ordered after already, by number: what
   /// follows from that needs no edge, and edges are what a launch costs.
   struct Capture {
-    std::size_t ring = 1;
+    std::size_t ring = 0;  // places that pages share
     std::size_t copies = 0;
-    /// Pages of one copy: half of the ring, as the other half is read; of an odd one, in turn.
+    /// The most pages of one copy: half of the ring, as the other half is read; of an odd one, in
+    /// turn.
     std::size_t most() const { return std::max<std::size_t>(1, (ring + copies % 2) / 2); }
     std::unordered_map<void*, std::uint64_t> loads;  // that a stream is ordered after
     std::unordered_map<void*, std::uint64_t> uses;   // on a stream, that the copies are after

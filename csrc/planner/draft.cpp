@@ -12,9 +12,9 @@ namespace {
 
 constexpr int kMostRepairs = 8;
 
-// A step that reads streamed pages takes the host 30 to 40 us (hooks, events, a copy; H100s), of
-// which a pass that waits for copies shows nothing, and one that waits for the host all. A quarter
-// stands for both; it decides between plans of nearly the same time.
+// A step that reads streamed pages takes the host about 40 us (hooks, events, a copy; on an H100's
+// host), of which a pass that waits for copies shows nothing, and one that waits for the host all.
+// A quarter stands for both; it decides between plans of nearly the same time.
 constexpr double kHostSecondsPerStep = 10e-6;
 
 }  // namespace

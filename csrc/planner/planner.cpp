@@ -101,7 +101,7 @@ class Planner {
 std::vector<std::size_t> Planner::ring_sizes() const {
   constexpr std::size_t kEach = 16;
   auto feasible = [&](std::size_t ring) {
-    ResidentQuery query{request_.frames - ring, ring, ring, {}};
+    ResidentQuery query{request_.frames - ring, ring, ring, SpreadBy::kPages, {}};
     return choose_resident(reads_, reads_.kept, query).has_value();
   };
   const std::size_t step = std::max<std::size_t>(reads_.largest_step, 1);
@@ -144,14 +144,15 @@ std::vector<Draft> Planner::drafts() const {
     return made.has_value();
   };
   for (const std::size_t ring : ring_sizes()) {
-    ResidentQuery query{request_.frames - ring, ring, ring - std::min(ring, wanted), {}};
+    ResidentQuery query{request_.frames - ring, ring, ring - std::min(ring, wanted),
+                        SpreadBy::kPages, request_.step_seconds};
     if (query.largest_step == 0 || !add(query)) {
       query.largest_step = ring;
       add(query);
     }
-    query.step_seconds = request_.step_seconds;
+    query.spread_by = SpreadBy::kTime;
     if (some_time) add(query);
-    query.by_steps = true;
+    query.spread_by = SpreadBy::kSteps;
     add(query);
   }
   return drafts;

@@ -3,41 +3,41 @@
 #include <algorithm>
 #include <iterator>
 #include <numeric>
+#include <utility>
 
 namespace penstock {
 
 namespace {
 
-using Groups = std::vector<std::vector<PageIndex>>;
+using Pages = std::vector<PageIndex>;
 
-// Brings groups to the front that have `count` pages together: of the largest ones, as many as are
-// needed, at even distances. @return how many groups that are; all if they have fewer pages.
-std::size_t choose_evenly(Groups& groups, std::size_t count) {
-  std::vector<std::size_t> with(1, 0);  // by size: pages of groups that are no smaller
-  for (const auto& group : groups) {
-    with.resize(std::max(with.size(), group.size() + 1), 0);
-    with[group.size()] += group.size();
+// Some of the groups that have `count` pages together: of the largest ones, as many as are needed,
+// at even distances. All of them where they have fewer pages.
+std::vector<Pages> choose_evenly(std::vector<Pages> groups, std::size_t count) {
+  const auto pages_in = [](const std::vector<Pages>& some) {
+    return std::accumulate(some.begin(), some.end(), std::size_t{0},
+                           [](std::size_t sum, const Pages& group) { return sum + group.size(); });
+  };
+  std::vector<std::size_t> sizes;
+  for (const Pages& group : groups) sizes.push_back(group.size());
+  std::sort(sizes.rbegin(), sizes.rend());
+  std::size_t pages = 0;
+  std::size_t least = 0;
+  for (const std::size_t size : sizes) {
+    if (pages >= count) break;
+    pages += size;
+    least = size;
   }
-  std::size_t least = with.size() - 1;
-  std::size_t pages = with[least];
-  while (least > 0 && pages < count) pages += with[--least];
-  const auto large = [&](const auto& group) { return group.size() >= least; };
-  const auto end = std::stable_partition(groups.begin(), groups.end(), large);
-  const auto there = static_cast<std::size_t>(end - groups.begin());
-  if (pages <= count) return there;
-  for (std::size_t wanted = count * there / pages; wanted < there; ++wanted) {
-    const auto turn = [&](std::size_t i) { return (i + 1) * wanted / there > i * wanted / there; };
-    std::size_t sum = 0;
-    for (std::size_t i = 0; i < there; ++i) sum += turn(i) ? groups[i].size() : 0;
-    if (sum < count) continue;
-    Groups chosen;
-    for (std::size_t i = 0; i < there; ++i) {
-      if (turn(i)) chosen.push_back(std::move(groups[i]));
-    }
-    groups = std::move(chosen);
-    return groups.size();
+  groups.erase(std::remove_if(groups.begin(), groups.end(),
+                              [&](const Pages& group) { return group.size() < least; }),
+               groups.end());
+  const std::size_t all = pages_in(groups);
+  if (all <= count) return groups;
+  for (std::size_t wanted = count * groups.size() / all; wanted < groups.size(); ++wanted) {
+    std::vector<Pages> chosen = spread(groups, wanted);
+    if (pages_in(chosen) >= count) return chosen;
   }
-  return there;
+  return groups;
 }
 
 class Chooser {
@@ -53,7 +53,7 @@ class Chooser {
   void take_repeated() { take_by_loads(streamed(), 2); }
   void take_spread_by_time();
   void take_spread_by_pages() { take_by_loads(streamed(), 1); }
-  void take_all_but_some_steps();
+  void take_spread_by_steps();
 
   const std::vector<bool>& resident() const noexcept { return resident_; }
 
@@ -149,7 +149,7 @@ bool Chooser::make_steps_fit() {
     if (excess > std::min(left_, pages.size())) return false;
     const std::size_t rest = left_ - excess;
     left_ = excess;
-    if (query_.by_steps) {
+    if (query_.spread_by == SpreadBy::kSteps) {
       take_shared_first(pages);
     } else {
       take_by_loads(pages, 1);
@@ -204,26 +204,25 @@ void Chooser::take_spread_by_time() {
 
 // What streams is of steps at even distances, those that have many pages of their own, and all of
 // these. Where such steps do not have enough, pages of several steps stream, too.
-void Chooser::take_all_but_some_steps() {
-  const std::vector<PageIndex> pages = streamed();
-  std::size_t count = pages.size() - std::min(left_, pages.size());  // to stream
-  std::vector<std::vector<PageIndex>> own(reads_.step_count());
+void Chooser::take_spread_by_steps() {
+  const Pages pages = streamed();
+  std::vector<Pages> own(reads_.step_count());
   for (const PageIndex page : pages) {
     const auto& steps = reads_.steps_of[page];
     if (steps.size() == 1) own[steps.front()].push_back(page);
   }
-  own.erase(std::remove_if(own.begin(), own.end(), [](const auto& each) { return each.empty(); }),
+  own.erase(std::remove_if(own.begin(), own.end(), [](const Pages& each) { return each.empty(); }),
             own.end());
-  const std::size_t chosen = choose_evenly(own, count);
+  std::size_t count = pages.size() - std::min(left_, pages.size());  // to stream
   std::vector<bool> streams(reads_.page_count(), false);
-  for (std::size_t i = 0; i < chosen; ++i) {
-    for (const PageIndex page : own[i]) {
+  for (const Pages& chosen : choose_evenly(std::move(own), count)) {
+    for (const PageIndex page : chosen) {
       if (count == 0) break;
       streams[page] = true;
       --count;
     }
   }
-  std::vector<PageIndex> others;
+  Pages others;
   std::copy_if(pages.begin(), pages.end(), std::back_inserter(others),
                [&](PageIndex page) { return !streams[page]; });
   take_by_loads(others, 1);
@@ -231,27 +230,22 @@ void Chooser::take_all_but_some_steps() {
 
 }  // namespace
 
-std::vector<PageIndex> spread(const std::vector<PageIndex>& pages, std::size_t count) {
-  std::vector<PageIndex> chosen;
-  chosen.reserve(count);
-  for (std::size_t i = 0; i < pages.size(); ++i) {
-    if ((i + 1) * count / pages.size() > i * count / pages.size()) chosen.push_back(pages[i]);
-  }
-  return chosen;
-}
-
 std::optional<std::vector<bool>> choose_resident(const Reads& reads,
                                                  const std::vector<bool>& forced,
                                                  const ResidentQuery& query) {
   Chooser chooser(reads, forced, query);
   if (!chooser.make_steps_fit()) return std::nullopt;
   chooser.take_repeated();
-  if (query.by_steps) {
-    chooser.take_all_but_some_steps();
-  } else if (query.step_seconds.empty()) {
-    chooser.take_spread_by_pages();
-  } else {
-    chooser.take_spread_by_time();
+  switch (query.spread_by) {
+    case SpreadBy::kPages:
+      chooser.take_spread_by_pages();
+      break;
+    case SpreadBy::kTime:
+      chooser.take_spread_by_time();
+      break;
+    case SpreadBy::kSteps:
+      chooser.take_spread_by_steps();
+      break;
   }
   return chooser.resident();
 }

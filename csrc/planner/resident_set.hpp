@@ -14,12 +14,19 @@
 
 namespace penstock {
 
+/// How what streams is spread over a pass.
+enum class SpreadBy {
+  kPages,  ///< Pages at even distances.
+  kTime,   ///< In proportion to the time of steps, which has to be known.
+  kSteps,  ///< Pages of few steps, at even distances.
+};
+
 struct ResidentQuery {
-  std::size_t count = 0;             ///< Pages that may stay.
-  std::size_t ring = 0;              ///< Frames for the others.
-  std::size_t largest_step = 0;      ///< Pages that any one step may stream; at most `ring`.
-  std::vector<double> step_seconds;  ///< What to spread by: time; empty to spread by pages.
-  bool by_steps = false;             ///< Whether few steps are to have all that streams.
+  std::size_t count = 0;         ///< Pages that may stay.
+  std::size_t ring = 0;          ///< Frames for the others.
+  std::size_t largest_step = 0;  ///< Pages that any one step may stream; at most `ring`.
+  SpreadBy spread_by = SpreadBy::kPages;
+  std::vector<double> step_seconds;  ///< To spread by time.
 };
 
 /// @param forced  By page: pages that have to stay, at most `count`.
@@ -29,7 +36,15 @@ std::optional<std::vector<bool>> choose_resident(const Reads& reads,
                                                  const std::vector<bool>& forced,
                                                  const ResidentQuery& query);
 
-/// `count` of the pages, at even distances.
-std::vector<PageIndex> spread(const std::vector<PageIndex>& pages, std::size_t count);
+/// `count` of them, at even distances.
+template <typename Each>
+std::vector<Each> spread(const std::vector<Each>& all, std::size_t count) {
+  std::vector<Each> chosen;
+  chosen.reserve(count);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if ((i + 1) * count / all.size() > i * count / all.size()) chosen.push_back(all[i]);
+  }
+  return chosen;
+}
 
 }  // namespace penstock

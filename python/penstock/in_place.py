@@ -6,7 +6,7 @@ others tell of their calls. Which tensors that can be is decided here; `runner` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.guard import Entry
@@ -40,6 +40,19 @@ class InPlace:
     def whole(self) -> bool:
         """Whether no step is left."""
         return not self.rest.places
+
+    def leaves_room(self, steps: Steps, orders: Iterable[Order], room: int) -> bool:
+        """Whether so many pages beside what is held are enough for whatever path a pass takes.
+
+        Parameters
+        ----------
+        orders
+            Of the entry points so far. A path beside them calls some module, alone.
+        """
+        held = frozenset(self.pages)
+        paths = [steps.pages_in_use(order) for order in orders]
+        paths.append([steps.pages(module) for module in range(len(steps.modules))])
+        return all(len(set(read) - held) <= room for path in paths for read in path)
 
 
 def choose(

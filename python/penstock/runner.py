@@ -646,12 +646,9 @@ class Runner:
         held = choose(
             self._steps, order, self._entries, pages, keeps_writes=self.memory.keeps_writes
         )
-        if not self.memory.fits():
-            useless = len(held.rest.all_steps) == len(order.all_steps)
-            if useless or (order is not self._declined and not self._fit_beside(pages)):
-                self._declined = order
-            if order is self._declined:
-                return
+        if not self.memory.fits() and not self._worth_holding(held):
+            self._declined = order
+            return
         core.begin(pages, self._stream())
         self._guard.open(held.entries)
         self._streamer.set_trace(self._tracing)
@@ -661,14 +658,13 @@ class Runner:
         if not held.whole:
             self._follow(held.rest)
 
-    def _fit_beside(self, pages: list[int]) -> bool:
-        """Whether all that any path may read at once fits beside pages that are held."""
+    def _worth_holding(self, held: InPlace) -> bool:
         assert isinstance(self.memory, FramesMemory)
-        held = frozenset(pages)
-        room = self.memory.frames_held - len(held)
-        paths = [self._steps.pages_in_use(order) for order in self._orders.values()]
-        paths.append([self._steps.pages(i) for i in range(len(self._modules))])
-        return all(len(set(read) - held) <= room for path in paths for read in path)
+        if held.order is self._declined:
+            return False
+        room = self.memory.frames_held - len(held.pages)
+        fewer = len(held.rest.all_steps) < len(held.order.all_steps)
+        return fewer and held.leaves_room(self._steps, self._orders.values(), room)
 
     # ---- learning ------------------------------------------------------------------------------
 

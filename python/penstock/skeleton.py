@@ -121,6 +121,7 @@ class _NoValues(TorchFunctionMode):
     What does not fit into memory is made on meta, too: it can only be a parameter to be replaced.
     """
 
+    _PLAIN = (torch.Tensor, nn.Parameter)  # other classes may do more than fill
     _FACTORIES = frozenset((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn))
     _FILLS = frozenset(
         (
@@ -145,8 +146,7 @@ class _NoValues(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self._FILLS or _initializes(func):
             filled = args[0] if args else kwargs.get("tensor")
-            plain = type(filled) in (torch.Tensor, nn.Parameter)
-            if isinstance(filled, torch.Tensor) and plain and filled.is_meta:
+            if isinstance(filled, torch.Tensor) and type(filled) in self._PLAIN and filled.is_meta:
                 return filled
         try:
             return func(*args, **kwargs)

@@ -16,6 +16,7 @@ from torch import nn
 import penstock
 from penstock import _core
 from penstock import hard_cap as hard_cap_module
+from penstock.bench.peers import capture
 from penstock.hard_cap import HardCap, current_cap
 from penstock.torch_hook import hook_torch
 
@@ -169,15 +170,7 @@ def graph():
             y = torch.tanh(y @ weight * 0.03)
         return y
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        y = run()
+    captured, y = capture(run)
     captured.replay()
     torch.cuda.synchronize()
     wanted = y.clone()

@@ -154,7 +154,7 @@ def _in_ring(case: str, most: int) -> _Promise:
     return case, "held on the device, by the ledger", verdict
 
 
-def _faster_per_pass(case: str) -> _Promise:
+def _faster_in_no_more_memory(case: str) -> _Promise:
     def verdict(rows: _Rows) -> _Verdict:
         own = rows[case]
         best = min(rows.peers(), key=lambda row: row["seconds"])
@@ -300,7 +300,7 @@ def _loads(case: str, least: float) -> _Promise:
 _PROMISES: Sequence[_Promise] = (
     _share_of_link("penstock-frames-ring", 0.985),
     _in_ring("penstock-frames-ring", 400 * MIB),
-    _faster_per_pass("penstock-frames-peer"),
+    _faster_in_no_more_memory("penstock-frames-peer"),
     _faster_than_the_limit("penstock-frames-ring"),
     _faster_per_byte("penstock-frames-ring"),
     _share_of_link("penstock-managed-ring", 0.85),

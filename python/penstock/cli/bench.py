@@ -159,7 +159,7 @@ class _Plan:
     def sizes(self, nbytes: int) -> Sizes:
         return Sizes(
             ring=self.options.ring or (max(16 * MIB, nbytes // 4) if self.small else 400 * MIB),
-            peer=self.options.ring or (max(16 * MIB, nbytes // 3) if self.small else 1280 * MIB),
+            peer=max(16 * MIB, nbytes // 3) if self.small else 1280 * MIB,
             managed_ring=self.options.ring
             or (max(16 * MIB, nbytes // 4) if self.small else 2 * GIB),
             cap=self.options.cap or (nbytes // 2 if self.small else 4 * GIB),
