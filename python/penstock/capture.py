@@ -50,7 +50,7 @@ class CapturedPass:
         self._inputs = tree_map(_static, (args, kwargs))
         args, kwargs = self._inputs
         runner.stay_by_steps()
-        _settle(runner, args, kwargs)
+        self._settle(runner, args, kwargs)
         self._graph = torch.cuda.CUDAGraph()
         # What stays was loaded by the last pass, everything else by the graph itself.
         self._core.prepare_capture()
@@ -65,6 +65,18 @@ class CapturedPass:
                 self._core.end_capture(stream)
         self.loaded_bytes = memory.streamer.stats().loaded_bytes - before
         self._mappings = self._core.mappings
+
+    def _settle(self, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for _ in range(_MOST_PASSES):
+            settled, mappings = runner.settled, self._core.mappings
+            runner.module(*args, **kwargs)
+            torch.cuda.synchronize()  # so that the times of the pass can be read
+            if settled and runner.settled and self._core.mappings == mappings:
+                return
+        raise ScheduleError(
+            f"the plan is not settled after {_MOST_PASSES} passes: the model takes other steps "
+            "with each call, and a graph could not follow it"
+        )
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the captured pass on the current stream.
@@ -93,19 +105,6 @@ class CapturedPass:
         finally:
             self._core.after_replay(stream)
         return self.output
-
-
-def _settle(runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for _ in range(_MOST_PASSES):
-        settled = runner.settled
-        runner.module(*args, **kwargs)
-        torch.cuda.synchronize()  # so that the times of the pass can be read
-        if settled and runner.settled:
-            return
-    raise ScheduleError(
-        f"the plan is not settled after {_MOST_PASSES} passes: the model takes other steps with "
-        "each call, and a graph could not follow it"
-    )
 
 
 def _static(value: Any) -> Any:  # noqa: ANN401

@@ -26,6 +26,7 @@ _HOST_PAGE = 4 << 10
 _ENTRY = 8
 _TABLE = 2 << 20
 _LEAST_GROWTH = 50  # of a model's pages, one in so many is worth a new plan
+_LEAST_GAIN = 50  # of the bytes of a pass, too
 
 _DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
 
@@ -76,6 +77,10 @@ class ModelMemory(ABC):
         CapExceededError
             If a step cannot run in what the model may use.
         """
+
+    def loads_less(self, steps: PagesOfSteps, seconds: Sequence[float]) -> bool:
+        """Whether passes would load clearly fewer bytes by a plan with these times."""
+        return False
 
     @abstractmethod
     def fits(self) -> bool:
@@ -336,15 +341,7 @@ class FramesMemory(ModelMemory):
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         with self._lock:
-            frames = min(self.frames, self.page_count)
-            plan = self.pager.plan(
-                self.page_count,
-                steps,
-                frames,
-                seconds,
-                keep=self.parts.pinned,
-                stream=self.parts.streamed,
-            )
+            plan = self._plan(steps, seconds)
             arranged = (tuple(plan.slot), plan.ring)
             mappings = self.region_core.mappings
             if arranged != self._arranged or mappings != self._mappings:
@@ -358,6 +355,23 @@ class FramesMemory(ModelMemory):
                 self._mappings = self.region_core.mappings
             self.plan = plan
             self.tier.expect([page for page, _ in plan.loads])
+
+    def _plan(self, steps: PagesOfSteps, seconds: Sequence[float]) -> _core.Plan:
+        return self.pager.plan(
+            self.page_count,
+            steps,
+            min(self.frames, self.page_count),
+            seconds,
+            keep=self.parts.pinned,
+            stream=self.parts.streamed,
+        )
+
+    @override
+    def loads_less(self, steps: PagesOfSteps, seconds: Sequence[float]) -> bool:
+        if self.plan is None or self.plan.bytes_per_pass == 0:
+            return False
+        fewer = self.plan.bytes_per_pass - self._plan(steps, seconds).bytes_per_pass
+        return fewer * _LEAST_GAIN >= self.plan.bytes_per_pass
 
     @override
     def fits(self) -> bool:

@@ -5,6 +5,10 @@ for the order that is followed, and where entry points alternate (an encoder and
 two of them together, until one is called several times in a row. A plan for one order is made once
 more when a pass was traced, with the times that its steps took; then it is settled. Where the room
 changes later, as when the model is used again, the plan is by the times that are known.
+
+In a traced pass every module has a step and every step is timed, so where the host is what a pass
+waits for, its times are longer than those of later passes. They are corrected when some of these
+have run, and a plan that then loads less is made.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from penstock.steps import Order, Steps
 __all__ = ["Planning", "too_large"]
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
+_PASSES = 6  # by a plan, before its times are compared with theirs
+_COMPARED = 3  # passes: the shortest of the last ones counts
+_CORRECTIONS = 3  # of times, at most
+_MUCH_LESS = 0.9  # of the time that steps were thought to take
 
 
 class _Phase(Enum):
@@ -53,6 +61,8 @@ class Planning:
         self._repeats = 0
         self._phase = _Phase.PLANNED
         self._seconds: dict[Order, list[float]] = {}  # that steps took, where that is known
+        self._passes = 0  # by the present plan
+        self._corrections: dict[Order, int] = {}  # of these times
 
     def settled(self, order: Order) -> bool:
         """Whether the plan is for this order alone, and by its times."""
@@ -95,6 +105,7 @@ class Planning:
         self._previous = None
         self._phase = _Phase.PLANNED
         self._seconds.clear()
+        self._corrections.clear()
 
     def improve(self, order: Order, *, steady: bool) -> None:
         """Plan for the order of the pass that has ended, or by its times, where that is better.
@@ -115,6 +126,30 @@ class Planning:
             elif self._orders == [order]:
                 self._improve_by_times(order)
 
+    def correct_times(self, order: Order) -> bool:
+        """Correct the times of a settled plan's steps by passes that have run by it since.
+
+        Call it when such a pass has ended.
+
+        Returns
+        -------
+        bool
+            Whether to plan anew, as passes would load less.
+        """
+        self._passes += 1
+        if self._passes % _PASSES or self._corrections.get(order, 0) == _CORRECTIONS:
+            return False
+        # Those that are over, by the device: the latest may not be.
+        passes = self._memory.streamer.passes()[-_COMPARED:]
+        taken = min((each.seconds - each.stall_seconds for each in passes), default=0.0)
+        known = self._seconds[order]
+        if not 0.0 < taken < _MUCH_LESS * sum(known):
+            return False
+        self._corrections[order] = self._corrections.get(order, 0) + 1
+        corrected = [seconds * taken / sum(known) for seconds in known]
+        self._seconds[order] = corrected
+        return self._memory.loads_less(self._steps.pages_in_use(order), corrected)
+
     def _plan_for(self, orders: list[Order]) -> None:
         pages = [used for order in orders for used in self._steps.pages_in_use(order)]
         seconds = self._seconds.get(orders[0], []) if len(orders) == 1 else []
@@ -128,6 +163,7 @@ class Planning:
             raise too_large(self._name, step_name, nbytes, error) from None
         self._orders = orders
         self._phase = _Phase.SETTLED if seconds else _Phase.PLANNED
+        self._passes = 0
 
     def _improve_by_times(self, order: Order) -> None:
         streamer = self._memory.streamer

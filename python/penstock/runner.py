@@ -626,7 +626,11 @@ class Runner:
                 self._follow(self._orders[entry])
         self.memory.end_pass()
         self._streamer.end_pass(self._stream())
-        if failed or self._capturing or self._changed or self._in_place:
+        if failed or self._capturing or self._changed:
+            return
+        if steady and self.settled and not self.memory.fits():
+            self._plan_later |= self._planning.correct_times(self._expected)
+        if self._in_place:
             return
         self._planning.improve(self._followed, steady=steady)
         if self.memory.fits():

@@ -1,0 +1,111 @@
+"""Times of steps are corrected by the passes that follow, and a plan that loads less is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from penstock.memory import ModelMemory
+from penstock.parts import Parts
+from penstock.planning import Planning
+from penstock.steps import Order, Steps
+
+PASSES = 6  # between looks
+ORDER = Order(((0, ()), (1, ())))
+
+
+@dataclass
+class Pass:
+    """What is known of one."""
+
+    seconds: float
+    stall_seconds: float
+
+
+@dataclass
+class Streamer:
+    """Tells times."""
+
+    traced: list[float]
+    done: list[Pass] = field(default_factory=list)
+
+    def set_trace(self, trace: bool) -> None: ...
+
+    def passes(self) -> list[Pass]:
+        return self.done
+
+    def step_seconds(self) -> list[float]:
+        return self.traced
+
+
+@dataclass
+class Memory:
+    """Notes by which times it is planned."""
+
+    streamer: Streamer
+    planned: list[list[float]] = field(default_factory=list)
+    asked: list[list[float]] = field(default_factory=list)
+    gains: bool = True
+    page_count: int = 2
+    parts: Parts = field(default_factory=Parts)
+
+    def arrange(self, steps: object, seconds: Sequence[float]) -> None:
+        self.planned.append(list(seconds))
+
+    def loads_less(self, steps: object, seconds: Sequence[float]) -> bool:
+        self.asked.append(list(seconds))
+        return self.gains
+
+
+def settled(traced: list[float]) -> tuple[Planning, Memory]:
+    """Plan as runners do, with these times in the traced pass."""
+    memory = Memory(Streamer(traced))
+    own = [frozenset({0}), frozenset({1})]
+    steps = Steps(["a", "b"], own, {}, [(0,), (1,)])
+    planning = Planning("m", steps, cast(ModelMemory, memory), trace=False)
+    for _ in range(5):
+        planning.improve(ORDER, steady=True)
+    assert planning.settled(ORDER)
+    assert memory.planned[-1] == traced
+    return planning, memory
+
+
+def run(planning: Planning, memory: Memory, seconds: float, stall: float) -> bool:
+    """Let passes end, and say whether to plan anew."""
+    memory.streamer.done = [Pass(seconds, stall), Pass(2 * seconds, stall), Pass(seconds, stall)]
+    told = [planning.correct_times(ORDER) for _ in range(PASSES)]
+    assert not any(told[:-1])
+    return told[-1]
+
+
+def test_times_of_a_slow_traced_pass_are_corrected() -> None:
+    planning, memory = settled([0.6, 0.2])
+    assert run(planning, memory, seconds=0.5, stall=0.3)
+    planning.renew(ORDER, guess=False)
+    assert memory.planned[-1] == pytest.approx([0.15, 0.05])
+    # As the passes are now.
+    assert not run(planning, memory, seconds=0.5, stall=0.3)
+
+
+def test_times_that_are_right_stay() -> None:
+    planning, memory = settled([0.6, 0.2])
+    for seconds, stall in ((0.8, 0.0), (0.79, 0.05), (1.5, 0.1), (0.0, 0.0)):
+        assert not run(planning, memory, seconds, stall)
+    assert not memory.asked
+
+
+def test_a_plan_that_gains_nothing_is_not_made() -> None:
+    planning, memory = settled([0.6, 0.2])
+    memory.gains = False
+    assert not run(planning, memory, seconds=0.4, stall=0.0)
+    assert memory.asked == [pytest.approx([0.3, 0.1])]
+    assert len(memory.planned) == 2
+
+
+def test_times_are_corrected_so_often_and_no_more() -> None:
+    planning, memory = settled([0.6, 0.2])
+    corrected = [run(planning, memory, seconds=0.5**i, stall=0.0) for i in range(1, 6)]
+    assert corrected == [True, True, True, False, False]
