@@ -47,7 +47,7 @@ void bind_streamer(py::module_& module) {
                                                   "Runs a model through its region, step by step.")
       .def(py::init<std::shared_ptr<Region>>(), py::arg("region"))
       .def("define", &Streamer::define, py::arg("step"), py::arg("pages"), py::arg("name") = "step",
-           "Say which pages a step reads.")
+           without_gil, "Say which pages a step reads.")
       .def("follow", &Streamer::follow, py::arg("order"), py::arg("pages"), without_gil,
            "Expect steps in this order; give all pages in use at each place of it.")
       .def(
@@ -86,13 +86,14 @@ void bind_streamer(py::module_& module) {
           },
           py::arg("pages"), py::arg("stream") = 0, without_gil)
       .def("prefetch", &Streamer::prefetch, without_gil, "Load ahead as far as there is room.")
-      .def("set_capturing", &Streamer::set_capturing, py::arg("capturing"))
-      .def("set_trace", &Streamer::set_trace, py::arg("trace"),
+      .def("set_capturing", &Streamer::set_capturing, py::arg("capturing"), without_gil)
+      .def("set_trace", &Streamer::set_trace, py::arg("trace"), without_gil,
            "Take times of every step and load, or of stalls only.")
-      .def("stats", &Streamer::stats)
-      .def("passes", &Streamer::passes, "Return figures of the passes that ended last.")
-      .def("timeline", &Streamer::timeline, "Return what was traced.")
-      .def("step_seconds", &Streamer::step_seconds,
+      .def("stats", &Streamer::stats, without_gil)
+      .def("passes", &Streamer::passes, without_gil,
+           "Return figures of the passes that ended last.")
+      .def("timeline", &Streamer::timeline, without_gil, "Return what was traced.")
+      .def("step_seconds", &Streamer::step_seconds, without_gil,
            "Return seconds of compute by place of the order, as the last traced pass took.");
 }
 

@@ -89,6 +89,9 @@ class FramesRegion : public Region {
   std::size_t frame_count() const;
   /// Whether the model is in use; one that is not gives everything back when others need it.
   void set_active(bool active);
+  /// Gives back what others would be given first, as far as it is not in use: pages of the resident
+  /// set, or any where nobody uses the model. @return bytes given back.
+  std::size_t give_first(std::size_t nbytes);
   /// Whether nothing is given to others.
   void set_protected(bool is_protected);
   /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.

@@ -143,6 +143,14 @@ class Entry:
         """Whether there are views that were not there when the tensor was opened."""
         return self.use_count() > self.count_before
 
+    def being_read(self) -> bool:
+        """Whether an operation may be reading it: who reads it holds it, beside its Python object.
+
+        So do others (what autograd accumulates gradients with, say), so this errs on one side.
+        """
+        users: int = self.tensor._use_count()  # type: ignore[attr-defined]
+        return users > 1
+
     def use_count(self) -> int:
         """Count who holds the storage."""
         count: int = torch._C._storage_Use_Count(self.storage._cdata)
@@ -212,13 +220,17 @@ class Guard:
         for entry in self.entries:
             self._note_move(entry)
 
-    def close(self, entries: Iterable[Entry], *, training: bool = False) -> None:
+    def close(
+        self, entries: Iterable[Entry], *, training: bool = False, while_read: bool = False
+    ) -> None:
         """Guard the tensors again; call it before their pages are let go of.
 
         Parameters
         ----------
         training
             Whether the module that read them is in training mode.
+        while_read
+            Whether operations may be under way that read them: the pages of these are kept.
 
         Raises
         ------
@@ -230,8 +242,10 @@ class Guard:
             entry.opened -= 1
             if entry.gone or entry.opened:
                 continue
+            if while_read and not entry.gone:  # first, so that no other operation begins
+                _set_class(entry.tensor, entry.guarded)
             try:
-                self._settle(entry, training)
+                self._settle(entry, training, while_read=while_read)
             except Exception as error:
                 failure = error
             if not entry.gone:
@@ -245,9 +259,11 @@ class Guard:
             if not entry.gone:
                 self._settle(entry, training)
 
-    def _settle(self, entry: Entry, training: bool) -> None:
+    def _settle(self, entry: Entry, training: bool, *, while_read: bool = False) -> None:
         self._note_change(entry, written=training and entry.silent)
-        if not entry.gone and not entry.kept and entry.escaped():
+        if entry.gone or entry.kept:
+            return
+        if entry.escaped() or (while_read and entry.being_read()):
             self._access.hold(entry.pages)
             entry.kept = True
             self._kept.append(entry)
@@ -261,6 +277,7 @@ class Guard:
             if not force and entry.escaped():
                 still.append(entry)
                 continue
+            self._note_change(entry)  # by who held it
             entry.kept = False
             self._access.let_go(entry.pages)
         self._kept = still

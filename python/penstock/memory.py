@@ -128,13 +128,13 @@ class ModelMemory(ABC):
         """Follow what others took since the last plan, or left; return whether to plan anew."""
         return False
 
-    def may_stay(self) -> bool:
-        """Whether pages may be held in place: no tensor may need their room."""
+    def roomy(self) -> bool:
+        """Whether so much is free that no tensor may need the room of pages that are in use."""
         return True
 
     def staying(self) -> list[int]:
         """List the pages that may be held in place: all, or those that the plan keeps, or none."""
-        return self.all_pages if self.fits() and self.may_stay() else []
+        return self.all_pages if self.fits() else []
 
     @property
     def keeps_writes(self) -> bool:
@@ -308,6 +308,8 @@ class FramesMemory(ModelMemory):
         self.region_core = core
         self.tier = tier
         self.frames = self.page_count  # that it may hold
+        self.gives = True  # to others who need room
+        self.active = True
         self._outside = 0  # bytes charged for what the driver takes
         self._arranged: tuple[tuple[int | None, ...], int] | None = None
         self._arranged_frames = 0
@@ -411,12 +413,12 @@ class FramesMemory(ModelMemory):
         return True
 
     @override
-    def may_stay(self) -> bool:
+    def roomy(self) -> bool:
         return self.pager.hard_cap is None or self.pager.hard_cap.is_roomy()
 
     @override
     def staying(self) -> list[int]:
-        if self.fits() or not isinstance(self.plan, _core.Plan) or not self.may_stay():
+        if self.fits() or not isinstance(self.plan, _core.Plan):
             return super().staying()
         return list(self.plan.resident)
 
@@ -462,7 +464,8 @@ class FramesMemory(ModelMemory):
     @override
     def set_turn(self, turn: int | None) -> None:
         """Say whether others may take frames without asking; their order is that of next uses."""
-        self.region_core.set_protected(turn is None)
+        self.gives = turn is not None
+        self.region_core.set_protected(not self.gives)
 
     @override
     def load_all(self, stream: int) -> None:
@@ -470,6 +473,7 @@ class FramesMemory(ModelMemory):
 
     @override
     def set_active(self, active: bool) -> None:
+        self.active = active
         self.region_core.set_active(active)
 
     @override

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock import _core
 from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
 from penstock.guard import Entry, Guard
@@ -35,8 +38,12 @@ from penstock.observe import ReadObserver
 from penstock.planning import Planning, too_large
 from penstock.steps import Order, Place, Steps
 from penstock.turns import Turn, Turns, is_over
+from penstock.under_way import calls_under_way, frame_of_thread, is_inside_penstock
 
 __all__ = ["Runner"]
+
+_PATIENCE = 0.05  # seconds that a tensor waits for a model's own work, before it asks others
+_LOOK_AGAIN = 0.001  # seconds
 
 
 class _Call:
@@ -89,6 +96,7 @@ class Runner:
 
         self._modules = list(binding.module.modules())
         ids = {id(module): i for i, module in enumerate(self._modules)}
+        self._module_ids = ids
         held: list[set[int]] = [set() for _ in self._modules]
         self._guard = Guard(self)
         self._step_entries: list[list[Entry]] = [[] for _ in self._modules]
@@ -129,6 +137,8 @@ class Runner:
         self.turn = Turn(turns or Turns(), name)
         self._unwinding = False
         self._gate = threading.RLock()  # while a pass begins or ends, and while others plan
+        self._giving = False  # what is held in place, to others, with the gate locked
+        self._streams: dict[int, None] = {}  # of calls since something is in place; the last last
         self._thread: threading.Thread | None = None  # of the latest pass
         self._plan_later = False
         self._called: list[Place] = []
@@ -142,6 +152,7 @@ class Runner:
         self._changed = False  # in the midst of a pass, back to steps
         self._hooks = Hooks(self._modules, holders)
         self._hook(range(len(self._modules)))
+        self._room = self._offer_room()
 
     # ---- what others may ask -------------------------------------------------------------------
 
@@ -240,6 +251,106 @@ class Runner:
             self._plan_later = True
             self.memory.give_up(self.memory.frames_held - self.memory.frames, self._last_first())
             return self.memory.frames_held <= self.memory.frames
+
+    def _offer_room(self) -> list[_core.RoomCallback]:
+        """Have tensors ask for what is held in place, where they share a cap with the model."""
+        if self.memory.pager.hard_cap is None or not isinstance(self.memory, FramesMemory):
+            return []
+        runner = weakref.ref(self)
+
+        def offer(idle: bool) -> _core.RoomCallback:
+            def give(nbytes: int) -> int:
+                asked = runner()
+                frame = sys._getframe().f_back
+                return asked.give_held(nbytes, idle=idle, frame=frame) if asked is not None else 0
+
+            return _core.RoomCallback(self.memory.pager.frames, idle, give)
+
+        return [offer(idle) for idle in (True, False)]
+
+    def give_held(self, nbytes: int, *, idle: bool, frame: FrameType | None) -> int:
+        """Give up pages that are held in place, wherever the model is; called by who needs room.
+
+        Steps come back. Modules that are being called have theirs from now on, and what an
+        operation reads just then stays until the next pass.
+
+        Parameters
+        ----------
+        idle
+            Whether to do so only if the model is not in use; else, only if it is.
+        frame
+            What this thread runs.
+
+        Returns
+        -------
+        int
+            Bytes given up; none where the model does something that cannot be interrupted.
+        """
+        memory = self.memory
+        assert isinstance(memory, FramesMemory)
+        if self._in_place is None or not memory.gives or memory.active == idle:
+            return 0
+        if not self._gate.acquire(timeout=_PATIENCE):
+            return 0
+        try:
+            if self._in_place is not None and not self._end_holding(frame):
+                return 0
+        finally:
+            self._giving = False
+            self._gate.release()
+        return memory.region_core.give_first(nbytes)
+
+    def _end_holding(self, frame: FrameType | None) -> bool:
+        if self._capturing or self.memory.pager.capturing():
+            return False
+        under_way: list[tuple[int, FrameType]] = []
+        stream = self._stream
+        if self._calls:
+            thread = self.turn.holder
+            mine = thread == threading.get_ident()
+            until = time.monotonic() + _PATIENCE
+            while True:
+                if not mine:
+                    frame = frame_of_thread(thread) if thread is not None else None
+                if frame is not None and not is_inside_penstock(frame):
+                    break
+                if mine or time.monotonic() > until:
+                    return False
+                time.sleep(_LOOK_AGAIN)
+            # Its thread, if that is another one, waits from now on where it comes to this code.
+            self._giving = not mine
+            under_way = calls_under_way(frame, self._module_ids)
+            if not mine:
+                last = next(reversed(self._streams), stream())
+                self._stream = lambda: last
+        try:
+            if not self._begin_under_way(under_way):
+                return False
+            self._go_by_steps(while_read=True)
+        finally:
+            self._stream = stream
+        return True
+
+    def _begin_under_way(self, under_way: list[tuple[int, FrameType]]) -> bool:
+        """Have calls that no hook told of be calls with steps, as if hooks had."""
+        told = {call.frame: call for call in self._calls}
+        calls: list[_Call] = []
+        for index, frame in under_way:
+            call = told.pop(frame, None) or _Call(index, None, frame)
+            call.parent = calls[-1] if calls else None
+            calls.append(call)
+        if told:  # calls whose frames are not there: of a thread that was interrupted, say
+            return False
+        for call in calls:
+            entries = self._step_entries[call.module]
+            if call.begun or not entries:
+                continue
+            self._streamer.begin(call.module, self._stream())
+            call.begun.append(call.module)
+            call.entries = entries
+            self._guard.open(entries)
+        self._calls = calls
+        return True
 
     def go_by_steps(self) -> bool:
         """Go back to running step by step, from within a call if that is in this thread.
@@ -341,22 +452,33 @@ class Runner:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
         self._go_by_steps()
 
-    def _go_by_steps(self) -> None:
+    def _go_by_steps(self, *, while_read: bool = False) -> None:
         # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
         held, self._in_place = self._in_place, None
         assert held is not None
         # Whatever fails: the pages are in use no more, so from now on there are steps.
         try:
-            self._guard.close(held.entries, training=True)
+            self._guard.close(held.entries, training=True, while_read=while_read)
         finally:
             try:
-                self.memory.region.core.end(held.pages, self._stream())
+                self._end_use(held.pages)
             finally:
                 self._hook(range(len(self._modules)))
                 self._changed = bool(self._calls)
                 if self._followed is not held.order:
                     self._follow(held.order)
+
+    def _end_use(self, pages: list[int]) -> None:
+        """Let go of pages once all work so far that was given to any stream has run."""
+        core = self.memory.region.core
+        last = self._stream()
+        for stream in self._streams:
+            if stream != last:
+                core.begin(pages, stream)
+                core.end(pages, stream)
+        self._streams.clear()
+        core.end(pages, last)
 
     def hold_whole(self, module: nn.Module, whole: bool) -> None:
         """Have a module's step hold all tensors in it, from its call on; or as it was learned.
@@ -407,6 +529,8 @@ class Runner:
 
     def begin_read(self, entries: Sequence[Entry]) -> object:
         """Make the pages of tensors ready that are read outside of steps."""
+        if self._giving:
+            self._wait_until_given()
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._in_pass or self._observer is not None or not self.turn.mine:
             try:
@@ -454,6 +578,8 @@ class Runner:
         self._hooks.tell_of(modules, self._enter, self._leave)
 
     def _enter(self, index: int) -> None:
+        if self._giving:
+            self._wait_until_given()
         frame = _frame_of_call(sys._getframe(2))
         calls = self._calls
         if not self._inside_call():
@@ -469,6 +595,11 @@ class Runner:
             with self._gate:
                 calls.append(call)
                 self._thread = threading.current_thread()
+            stream = self._stream()
+            self._streams.pop(stream, None)
+            self._streams[stream] = None
+            if self._in_place and not self._may_hold():
+                self._go_by_steps()
         if self._free:
             return
         if call.parent is None:
@@ -490,7 +621,14 @@ class Runner:
             bool(last) and not is_over(last[0].frame) and self.turn.holder == threading.get_ident()
         )
 
+    def _wait_until_given(self) -> None:
+        """Wait while what is held in place is given to another thread."""
+        with self._gate:
+            pass
+
     def _leave(self, index: int) -> None:
+        if self._giving:
+            self._wait_until_given()
         calls = self._calls
         if not self._inside_call() and not self.turn.mine:
             return  # it never began, or was ended meanwhile
@@ -514,7 +652,7 @@ class Runner:
             try:
                 self._end_call()
             finally:
-                if self._in_place and not self.memory.may_stay():
+                if self._in_place and not self._may_hold():
                     self.attach()
                 if self._plan_later or self.memory.settle():
                     with suppress(CapExceededError):
@@ -643,7 +781,7 @@ class Runner:
     def _hold_in_place(self) -> None:
         """Hold what stays, until something else is wanted of it; then only the rest has steps."""
         core = self.memory.region.core
-        pages = self.memory.staying()
+        pages = self.memory.staying() if self._may_hold() else []
         if not pages or not core.settled(pages):
             return
         order = self._followed
@@ -653,7 +791,9 @@ class Runner:
         if not self.memory.fits() and not self._worth_holding(held):
             self._declined = order
             return
-        core.begin(pages, self._stream())
+        stream = self._stream()
+        core.begin(pages, stream)
+        self._streams = {stream: None}
         self._guard.open(held.entries)
         self._streamer.set_trace(self._tracing)
         self._in_place = held
@@ -661,6 +801,16 @@ class Runner:
         self._hook({0, *self._orders, *left})
         if not held.whole:
             self._follow(held.rest)
+
+    def _may_hold(self) -> bool:
+        """Whether what stays may be held in place beside tensors that need memory.
+
+        They have it given up (`give_held`); where gradients are taken, too many hold the weights to
+        know which are read just then, so there has to be memory enough.
+        """
+        if not torch.is_grad_enabled() or self.memory.roomy():
+            return True
+        return not any(entry.tensor.requires_grad for entry in self._entries)
 
     def _worth_holding(self, held: InPlace) -> bool:
         assert isinstance(self.memory, FramesMemory)
