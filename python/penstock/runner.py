@@ -151,7 +151,7 @@ class Runner:
         self._by_steps = False  # for good
         self._changed = False  # in the midst of a pass, back to steps
         self._hooks = Hooks(self._modules, holders)
-        self._hook(range(len(self._modules)))
+        self._hook_all()
         self._room = self._offer_room()
 
     # ---- what others may ask -------------------------------------------------------------------
@@ -317,14 +317,17 @@ class Runner:
                 if mine or time.monotonic() > until:
                     return False
                 time.sleep(_LOOK_AGAIN)
-            # Its thread, if that is another one, waits from now on where it comes to this code.
+            # Its thread, if that is another one, waits from now on where it comes to this code, as
+            # modules do whose calls begin.
             self._giving = not mine
+            self._hook_all()
             under_way = calls_under_way(frame, self._module_ids)
             if not mine:
                 last = next(reversed(self._streams), stream())
                 self._stream = lambda: last
         try:
             if not self._begin_under_way(under_way):
+                self._hook_left()
                 return False
             self._go_by_steps(while_read=True)
         finally:
@@ -464,7 +467,7 @@ class Runner:
             try:
                 self._end_use(held.pages)
             finally:
-                self._hook(range(len(self._modules)))
+                self._hook_all()
                 self._changed = bool(self._calls)
                 if self._followed is not held.order:
                     self._follow(held.order)
@@ -576,6 +579,15 @@ class Runner:
 
     def _hook(self, modules: Iterable[int]) -> None:
         self._hooks.tell_of(modules, self._enter, self._leave)
+
+    def _hook_all(self) -> None:
+        self._hook(range(len(self._modules)))
+
+    def _hook_left(self) -> None:
+        """Have hooks where steps are left beside what is held in place."""
+        assert self._in_place is not None
+        left = (step for step in self._in_place.rest.all_steps if self._steps.is_module(step))
+        self._hook({0, *self._orders, *left})
 
     def _enter(self, index: int) -> None:
         if self._giving:
@@ -797,8 +809,7 @@ class Runner:
         self._guard.open(held.entries)
         self._streamer.set_trace(self._tracing)
         self._in_place = held
-        left = (step for step in held.rest.all_steps if self._steps.is_module(step))
-        self._hook({0, *self._orders, *left})
+        self._hook_left()
         if not held.whole:
             self._follow(held.rest)
 
