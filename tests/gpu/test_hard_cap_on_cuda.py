@@ -12,6 +12,7 @@ SCENES = [
     "streams",
     "graph",
     "room",
+    "in_place",
     "neighbours",
     "benchmark",
     "overflow",
