@@ -286,8 +286,8 @@ def in_place():
                 if figures().steps_run - before > depth:
                     found["by steps"] += 1
                 before = figures().steps_run
-            stop.set()
             if thread:
+                stop.set()
                 thread.join(60)
                 assert not thread.is_alive()
     print(dict(found))
