@@ -53,7 +53,8 @@ bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
 
 std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::size_t start) {
   // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
-  // as few copies as its ring allows, since each costs its launch some microseconds.
+  // as few copies as its ring allows, since each costs its launch some microseconds; but one more
+  // before a step that waits for the newest, or the link would wait for that step.
   const PageIndex first = pages[start];
   std::size_t most = verify_ ? 1 : tier_->pages_together(first);
   if (capture_) most = std::min(most, capture_->most());
@@ -65,10 +66,19 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
     if (next != first + count || in_place(pages_[next], next)) break;
     if (!capture_ && schedule_.next_use(next, now_) != use) break;
     if (shares_place(next, first)) break;
-    if (!may_load(next)) return capture_ ? 0 : count;  // soon there is room for more at once
+    if (!may_load(next)) return capture_ && !waits_for_newest() ? 0 : count;  // soon there is more
     ++count;
   }
   return count;
+}
+
+bool FramesRegion::waits_for_newest() const {
+  if (schedule_.empty()) return false;
+  const auto step = static_cast<StepIndex>(now_ % schedule_.step_count());  // of time now_ + 1
+  const auto& pages = schedule_.pages_of(step);
+  return std::any_of(pages.begin(), pages.end(), [&](PageIndex page) {
+    return in_place(pages_[page], page) && pages_[page].load == capture_->newest;
+  });
 }
 
 void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
@@ -107,7 +117,10 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
     page.last_use = uses_;
     page.used = false;
   }
-  if (capture_) ++capture_->copies;
+  if (capture_) {
+    ++capture_->copies;
+    capture_->newest = uses_;
+  }
   stats_.loaded_bytes += count * page_size_;
   if (demanded) stats_.demand_loads += count;
   notify_load(first, count, count * page_size_, start, ready, demanded);

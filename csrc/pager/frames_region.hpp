@@ -162,6 +162,7 @@ class FramesRegion : public Region {
   struct Capture {
     std::size_t ring = 0;  // places that pages share
     std::size_t copies = 0;
+    std::uint64_t newest = 0;  // load
     /// The most pages of one copy: half of the ring, as the other half is read; of an odd one, in
     /// turn.
     std::size_t most() const { return std::max<std::size_t>(1, (ring + copies % 2) / 2); }
@@ -191,6 +192,9 @@ class FramesRegion : public Region {
   bool may_load(PageIndex page);
   /// How many pages, from pages[start] on, to load by one copy now; 0 for none yet.
   std::size_t run_to_load(const std::vector<PageIndex>& pages, std::size_t start);
+  /// While a pass is captured: whether the next step can run only after the newest copy, so that
+  /// the link would idle meanwhile, were none behind it.
+  bool waits_for_newest() const;
   /// Loads pages that follow each other by one copy, as far as their bytes lie together.
   void load(PageIndex first, std::size_t count, bool demanded);
   void add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIndex first);

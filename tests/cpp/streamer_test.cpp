@@ -338,6 +338,34 @@ TEST(Streamer, CaptureLoadsWhatThePassNeedsAndNothingBeyondIt) {
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
+TEST(Streamer, CaptureHasACopyBehindTheOneThatAStepWaitsFor) {
+  // Copies are half of the ring, 3 pages. Step 1 waits for the second of them: before it runs there
+  // is room for 2 pages more, and the link has nothing else to do.
+  FramesStreaming run(0, 6, steps_of(12, 2), 12);
+  run.region->prepare_capture();
+  const OwnedStream stream(run.spy);
+  run.streamer.set_capturing(true);
+  run.region->begin_capture(stream.get());
+  const std::size_t before = run.tier->fetches().size();
+  const auto fetched = [&] {
+    const Pages fetches = run.tier->fetches();
+    return Pages(fetches.begin() + static_cast<std::ptrdiff_t>(before), fetches.end());
+  };
+  run.streamer.begin_pass(stream.get());
+  run.streamer.begin(0, stream.get());
+  run.look.look(*run.over, run.steps[0], stream.get());
+  EXPECT_EQ(fetched(), pages_between(0, 6));
+  run.streamer.end(0, stream.get());
+  EXPECT_EQ(fetched(), pages_between(0, 8));
+  for (StepId id = 1; id < 6; ++id) run.run_one(id, stream.get());
+  run.streamer.end_pass(stream.get());
+  run.region->end_capture(stream.get());
+  run.streamer.set_capturing(false);
+  EXPECT_EQ(fetched(), pages_between(0, 12));
+  run.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(run.look.wrong(), 0);
+}
+
 // ---- figures -----------------------------------------------------------------------------------
 
 TEST(Streamer, StallIsThatOfTheStepWhosePagesAreLate) {
