@@ -16,7 +16,7 @@ the view lives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -144,9 +144,10 @@ class Entry:
         return self.use_count() > self.count_before
 
     def being_read(self) -> bool:
-        """Whether an operation may be reading it: who reads it holds it, beside its Python object.
+        """Whether somebody may be reading it, or is to; such a one holds it, beside Python.
 
-        So do others (what autograd accumulates gradients with, say), so this errs on one side.
+        An operation that is under way, and what autograd saves for the backward pass. So do others
+        (what gradients are accumulated with, say), so this errs on one side.
         """
         users: int = self.tensor._use_count()  # type: ignore[attr-defined]
         return users > 1
@@ -230,7 +231,7 @@ class Guard:
         training
             Whether the module that read them is in training mode.
         while_read
-            Whether operations may be under way that read them: the pages of these are kept.
+            Whether somebody may be reading them, or is to: the pages of these are kept.
 
         Raises
         ------
@@ -272,15 +273,16 @@ class Guard:
         """Let go of pages that were kept for views which are gone."""
         if not self._kept:
             return
-        still = []
-        for entry in self._kept:
-            if not force and entry.escaped():
-                still.append(entry)
-                continue
-            self._note_change(entry)  # by who held it
+        gone = [
+            entry for entry in self._kept if force or not (entry.escaped() or entry.being_read())
+        ]
+        self._kept = [entry for entry in self._kept if entry not in gone]
+        for entry in gone:
             entry.kept = False
-            self._access.let_go(entry.pages)
-        self._kept = still
+        with ExitStack() as ends:
+            for entry in gone:
+                ends.callback(self._access.let_go, entry.pages)
+                ends.callback(self._note_change, entry)  # by who held it
 
     def _forget(self, entry: Entry) -> None:
         if entry.gone:
@@ -388,7 +390,7 @@ class Guard:
     def _pack(self, tensor: torch.Tensor) -> Any:  # noqa: ANN401
         entry = self._by_address.get(storage_address(tensor))
         if entry is None:
-            return tensor
+            return tensor.detach()  # an operation's own result would keep its graph alive for ever
         return _Saved(entry, tensor)
 
     def clone(self, entry: Entry, like: torch.Tensor) -> torch.Tensor:

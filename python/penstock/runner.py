@@ -244,10 +244,8 @@ class Runner:
                 return True
             if self._capturing:
                 return False
-            if self._in_place:
-                if not self.turn.mine:
-                    return False
-                self._go_by_steps()
+            if self._in_place and not (self.turn.mine and self._go_by_steps_at(sys._getframe())):
+                return False
             self._plan_later = True
             self.memory.give_up(self.memory.frames_held - self.memory.frames, self._last_first())
             return self.memory.frames_held <= self.memory.frames
@@ -301,58 +299,63 @@ class Runner:
         return memory.region_core.give_first(nbytes)
 
     def _end_holding(self, frame: FrameType | None) -> bool:
+        """Go back to running step by step, for a tensor that is about to be made."""
         if self._capturing or self.memory.pager.capturing():
             return False
-        under_way: list[tuple[int, FrameType]] = []
-        stream = self._stream
-        if self._calls:
-            thread = self.turn.holder
-            mine = thread == threading.get_ident()
-            until = time.monotonic() + _PATIENCE
-            while True:
-                if not mine:
-                    frame = frame_of_thread(thread) if thread is not None else None
-                if frame is not None and not is_inside_penstock(frame):
-                    break
-                if mine or time.monotonic() > until:
-                    return False
-                time.sleep(_LOOK_AGAIN)
-            # Its thread, if that is another one, waits from now on where it comes to this code, as
-            # modules do whose calls begin.
-            self._giving = not mine
-            self._hook_all()
-            under_way = calls_under_way(frame, self._module_ids)
-            if not mine:
-                last = next(reversed(self._streams), stream())
-                self._stream = lambda: last
-        try:
-            if not self._begin_under_way(under_way):
-                self._hook_left()
+        if not self._calls:
+            self._go_by_steps()
+            return True
+        thread = self.turn.holder
+        if thread == threading.get_ident():
+            return not is_inside_penstock(frame) and self._go_by_steps_at(frame)
+        until = time.monotonic() + _PATIENCE
+        while thread is None or is_inside_penstock(frame_of_thread(thread)):
+            if time.monotonic() > until:
                 return False
-            self._go_by_steps(while_read=True)
+            time.sleep(_LOOK_AGAIN)
+            thread = self.turn.holder
+        # It waits from now on where it comes to this code, as modules do whose calls begin.
+        self._giving = True
+        here = self._stream
+        last = next(reversed(self._streams), here())
+        self._stream = lambda: last
+        try:
+            return self._go_by_steps_at(frame_of_thread(thread))
         finally:
-            self._stream = stream
-        return True
+            self._stream = here
 
-    def _begin_under_way(self, under_way: list[tuple[int, FrameType]]) -> bool:
-        """Have calls that no hook told of be calls with steps, as if hooks had."""
+    def _go_by_steps_at(self, frame: FrameType | None) -> bool:
+        """Go back to running step by step within a call; what is being called has its steps.
+
+        Parameters
+        ----------
+        frame
+            The innermost of the thread that calls.
+
+        Returns
+        -------
+        bool
+            Whether it does; it cannot where calls are not found among the frames.
+        """
+        self._hook_all()  # first, so that no module is called unnoticed from now on
         told = {call.frame: call for call in self._calls}
         calls: list[_Call] = []
-        for index, frame in under_way:
-            call = told.pop(frame, None) or _Call(index, None, frame)
+        for index, called in calls_under_way(frame, self._module_ids):
+            call = told.pop(called, None) or _Call(index, None, called)
             call.parent = calls[-1] if calls else None
             calls.append(call)
-        if told:  # calls whose frames are not there: of a thread that was interrupted, say
+        if told:
+            self._hook_left()
             return False
+        self._calls = calls
         for call in calls:
             entries = self._step_entries[call.module]
-            if call.begun or not entries:
-                continue
-            self._streamer.begin(call.module, self._stream())
-            call.begun.append(call.module)
-            call.entries = entries
-            self._guard.open(entries)
-        self._calls = calls
+            if not call.begun and entries:
+                self._streamer.begin(call.module, self._stream())  # its pages are in place
+                call.begun.append(call.module)
+                call.entries = entries
+                self._guard.open(entries)
+        self._go_by_steps()
         return True
 
     def go_by_steps(self) -> bool:
@@ -364,8 +367,10 @@ class Runner:
             Whether it does; it cannot where it runs freely in another thread.
         """
         with self.resting() as resting:
-            if self._in_place and (resting or self.turn.mine):
+            if self._in_place and resting:
                 self._go_by_steps()
+            elif self._in_place and self.turn.mine:
+                self._go_by_steps_at(sys._getframe())
             return self._in_place is None
 
     def give_up(self, pages: int) -> None:
@@ -455,14 +460,14 @@ class Runner:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
         self._go_by_steps()
 
-    def _go_by_steps(self, *, while_read: bool = False) -> None:
+    def _go_by_steps(self) -> None:
         # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
         held, self._in_place = self._in_place, None
         assert held is not None
         # Whatever fails: the pages are in use no more, so from now on there are steps.
         try:
-            self._guard.close(held.entries, training=True, while_read=while_read)
+            self._guard.close(held.entries, training=True, while_read=True)
         finally:
             try:
                 self._end_use(held.pages)
@@ -534,6 +539,16 @@ class Runner:
         """Make the pages of tensors ready that are read outside of steps."""
         if self._giving:
             self._wait_until_given()
+        try:
+            return self._begin_read(entries)
+        except CapExceededError:
+            if not self._calls or not self.turn.mine or not self._in_place:
+                raise
+            if not self._go_by_steps_at(sys._getframe()):
+                raise
+            return self._begin_read(entries)
+
+    def _begin_read(self, entries: Sequence[Entry]) -> object:
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._in_pass or self._observer is not None or not self.turn.mine:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,30 @@ def test_weight_changed_between_forward_and_backward_is_an_error_as_ever(pair: P
     pair.check()
 
 
+class Marker:
+    """Goes with the graph that it is a note on."""
+
+
+def test_graphs_go_with_their_results(pager: str) -> None:
+    def make() -> nn.Module:
+        # Operations that save what they return.
+        return nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Softmax(-1))
+
+    manager = MemoryManager(cap=1 << 20, device="cpu", pager=pager, page_size=64 * KIB)
+    manager.register("m", make, state_of(build(make)))
+    with manager.use("m") as module:
+        for _ in range(6):
+            marker = Marker()
+            kept = weakref.ref(marker)
+            result = module(torch.ones(1, 8))
+            result.grad_fn.metadata["marker"] = marker
+            del marker
+            assert kept() is not None
+            del result
+            gc.collect()
+            assert kept() is None
+
+
 def test_hooks_for_saved_tensors_see_all(pair: Pair) -> None:
     counts = []
     for module in (pair.plain, pair.ours):
@@ -556,7 +581,10 @@ def test_unregistered_weights_are_read_or_refused() -> None:
                 with pytest.raises(ModelError, match="'m' was unregistered"):
                     read()
         assert same_bits(kept, plain.detach())
-        assert pair.manager.stats().used == 0
+        manager = pair.manager
+        del pair, ours, view, out, read, reads  # what the graph of `out` may read stays till then
+        gc.collect()
+        assert manager.stats().used == 0
 
 
 def test_weights_of_a_manager_that_is_gone_can_be_read(pager: str) -> None:

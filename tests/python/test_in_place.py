@@ -170,6 +170,7 @@ def test_statistics_that_do_not_change_need_not_be_kept(tmp_path: Path, frames: 
                 both(module, plain)
     with (
         pytest.raises(DeviceError, match='cannot keep that: use host="pinned"'),
+        torch.no_grad(),
         manager.use("m") as module,
     ):
         for _ in range(8):
@@ -179,3 +180,37 @@ def test_statistics_that_do_not_change_need_not_be_kept(tmp_path: Path, frames: 
     assert manager.stats().used == 0
     with manager.use("m") as module:  # what was lost is lost, and the manager goes on
         both(module.eval(), plain)
+
+
+def convolutions() -> nn.Module:
+    """Build layers whose weights autograd saves as they are, not as views."""
+    return nn.Sequential(
+        *(nn.Conv2d(16, 16, 8, padding=4 - i % 2, bias=False) for i in range(10)),
+        nn.GroupNorm(4, 16),
+    )
+
+
+@pytest.mark.parametrize("evict", [True, False])
+def test_backward_of_a_model_that_ran_freely_and_left(evict: bool) -> None:
+    manager = MemoryManager(cap=24 * PAGE, device="cpu", pager="frames", page_size=PAGE)
+    plain, other = build(convolutions), build(lambda: stack(10), 4)
+    manager.register("m", convolutions, state_of(plain))
+    manager.register("other", lambda: stack(10), state_of(other))
+    image = torch.linspace(-1, 1, 16 * 64).view(1, 16, 8, 8)
+    module = manager.acquire("m")
+    for _ in range(8):
+        module(image)
+    mine, wanted = (image.clone().requires_grad_() for _ in range(2))
+    result = module(mine)
+    manager.release("m", evict=evict)
+    with torch.no_grad(), manager.use("other") as beside:
+        assert same_bits(beside(X), other(X))
+    result.sum().backward()
+    plain(wanted).sum().backward()
+    assert mine.grad is not None
+    assert wanted.grad is not None
+    assert same_bits(mine.grad, wanted.grad)
+    del result
+    with torch.no_grad(), manager.use("m") as module:
+        assert same_bits(module(image), plain(image))
+    assert manager.stats().used == 0
