@@ -539,16 +539,6 @@ class Runner:
         """Make the pages of tensors ready that are read outside of steps."""
         if self._giving:
             self._wait_until_given()
-        try:
-            return self._begin_read(entries)
-        except CapExceededError:
-            if not self._calls or not self.turn.mine or not self._in_place:
-                raise
-            if not self._go_by_steps_at(sys._getframe()):
-                raise
-            return self._begin_read(entries)
-
-    def _begin_read(self, entries: Sequence[Entry]) -> object:
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._in_pass or self._observer is not None or not self.turn.mine:
             try:
