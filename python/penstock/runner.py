@@ -244,8 +244,9 @@ class Runner:
                 return True
             if self._capturing:
                 return False
-            if self._in_place and not (self.turn.mine and self._go_by_steps_at(sys._getframe())):
+            if self._in_place and not self.turn.mine:
                 return False
+            self._go_by_steps_here()
             self._plan_later = True
             self.memory.give_up(self.memory.frames_held - self.memory.frames, self._last_first())
             return self.memory.frames_held <= self.memory.frames
@@ -324,6 +325,11 @@ class Runner:
         finally:
             self._stream = here
 
+    def _go_by_steps_here(self) -> None:
+        """Go back to running step by step within a call in this thread, if anything is in place."""
+        if self._in_place and not self._go_by_steps_at(sys._getframe()):
+            self._go_by_steps()  # what is being called reads guarded tensors
+
     def _go_by_steps_at(self, frame: FrameType | None) -> bool:
         """Go back to running step by step within a call; what is being called has its steps.
 
@@ -369,8 +375,8 @@ class Runner:
         with self.resting() as resting:
             if self._in_place and resting:
                 self._go_by_steps()
-            elif self._in_place and self.turn.mine:
-                self._go_by_steps_at(sys._getframe())
+            elif self.turn.mine:
+                self._go_by_steps_here()
             return self._in_place is None
 
     def give_up(self, pages: int) -> None:
