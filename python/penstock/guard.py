@@ -143,14 +143,21 @@ class Entry:
         """Whether there are views that were not there when the tensor was opened."""
         return self.use_count() > self.count_before
 
-    def being_read(self) -> bool:
-        """Whether somebody may be reading it, or is to; such a one holds it, beside Python.
+    def is_saved(self) -> bool:
+        """Whether autograd has saved it as it is, for a backward pass."""
+        return self._holders() > self.tensor.requires_grad  # what accumulates its gradient is one
 
-        An operation that is under way, and what autograd saves for the backward pass. So do others
-        (what gradients are accumulated with, say), so this errs on one side.
+    def may_be_read(self) -> bool:
+        """Whether an operation may be reading it just now.
+
+        Who does holds it, as does what accumulates its gradient: this errs on one side.
         """
+        return self._holders() > 0
+
+    def _holders(self) -> int:
+        """Count who holds the tensor beside its Python object."""
         users: int = self.tensor._use_count()  # type: ignore[attr-defined]
-        return users > 1
+        return users - 1
 
     def use_count(self) -> int:
         """Count who holds the storage."""
@@ -222,7 +229,12 @@ class Guard:
             self._note_move(entry)
 
     def close(
-        self, entries: Iterable[Entry], *, training: bool = False, while_read: bool = False
+        self,
+        entries: Iterable[Entry],
+        *,
+        training: bool = False,
+        unhooked: bool = False,
+        while_read: bool = False,
     ) -> None:
         """Guard the tensors again; call it before their pages are let go of.
 
@@ -230,8 +242,11 @@ class Guard:
         ----------
         training
             Whether the module that read them is in training mode.
+        unhooked
+            Whether autograd saved them as they are: it reads them in the backward pass, so their
+            pages are kept.
         while_read
-            Whether somebody may be reading them, or is to: the pages of these are kept.
+            Whether operations may be under way that read them: the pages of these are kept, too.
 
         Raises
         ------
@@ -246,7 +261,9 @@ class Guard:
             if while_read and not entry.gone:  # first, so that no other operation begins
                 _set_class(entry.tensor, entry.guarded)
             try:
-                self._settle(entry, training, while_read=while_read)
+                self._settle(entry, training)
+                if (unhooked and entry.is_saved()) or (while_read and entry.may_be_read()):
+                    self._keep(entry)
             except Exception as error:
                 failure = error
             if not entry.gone:
@@ -260,22 +277,24 @@ class Guard:
             if not entry.gone:
                 self._settle(entry, training)
 
-    def _settle(self, entry: Entry, training: bool, *, while_read: bool = False) -> None:
+    def _settle(self, entry: Entry, training: bool) -> None:
         self._note_change(entry, written=training and entry.silent)
+        if entry.escaped():
+            self._keep(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        """Keep a tensor's pages in place until nobody holds it any more."""
         if entry.gone or entry.kept:
             return
-        if entry.escaped() or (while_read and entry.being_read()):
-            self._access.hold(entry.pages)
-            entry.kept = True
-            self._kept.append(entry)
+        self._access.hold(entry.pages)
+        entry.kept = True
+        self._kept.append(entry)
 
     def release_kept(self, *, force: bool = False) -> None:
         """Let go of pages that were kept for views which are gone."""
         if not self._kept:
             return
-        gone = [
-            entry for entry in self._kept if force or not (entry.escaped() or entry.being_read())
-        ]
+        gone = [entry for entry in self._kept if force or not (entry.escaped() or entry.is_saved())]
         self._kept = [entry for entry in self._kept if entry not in gone]
         for entry in gone:
             entry.kept = False

@@ -304,7 +304,7 @@ class Runner:
         if self._capturing or self.memory.pager.capturing():
             return False
         if not self._calls:
-            self._go_by_steps()
+            self._go_by_steps(while_read=True)
             return True
         thread = self.turn.holder
         if thread == threading.get_ident():
@@ -361,7 +361,7 @@ class Runner:
                 call.begun.append(call.module)
                 call.entries = entries
                 self._guard.open(entries)
-        self._go_by_steps()
+        self._go_by_steps(while_read=True)
         return True
 
     def go_by_steps(self) -> bool:
@@ -466,14 +466,14 @@ class Runner:
             raise ScheduleError(f"model {self._name!r} is running; wait until its call has ended")
         self._go_by_steps()
 
-    def _go_by_steps(self) -> None:
+    def _go_by_steps(self, *, while_read: bool = False) -> None:
         # Modules that are being called may go on: what they read from now on is guarded.
         self._guard.look_for_moved()
         held, self._in_place = self._in_place, None
         assert held is not None
         # Whatever fails: the pages are in use no more, so from now on there are steps.
         try:
-            self._guard.close(held.entries, training=True, while_read=True)
+            self._guard.close(held.entries, training=True, unhooked=True, while_read=while_read)
         finally:
             try:
                 self._end_use(held.pages)
