@@ -285,10 +285,12 @@ def in_place():
                     found["passes"] += 1
                 except (torch.OutOfMemoryError, penstock.CapExceededError):
                     found["out of memory"] += 1
-                if figures().steps_run - before > depth:
+                if figures().steps_run - before >= depth:
                     found["by steps"] += 1
                 before = figures().steps_run
-            if thread:
+            if not thread:
+                assert not found["out of memory"]  # weights give way, as they do step by step
+            else:
                 stop.set()
                 thread.join(60)
                 assert not thread.is_alive()
