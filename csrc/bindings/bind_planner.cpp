@@ -17,9 +17,11 @@ using Steps = std::vector<std::vector<PageIndex>>;
 
 PlanRequest request_of(std::size_t page_count, std::size_t page_size, Steps steps,
                        std::size_t frames, double link_rate, std::vector<double> step_seconds,
-                       std::vector<PageIndex> keep, std::vector<PageIndex> stream) {
+                       std::vector<PageIndex> keep, std::vector<PageIndex> stream,
+                       std::size_t least_ring) {
   return {page_count,      page_size, std::move(steps), std::move(step_seconds),
-          std::move(keep), frames,    link_rate,        std::move(stream)};
+          std::move(keep), frames,    link_rate,        std::move(stream),
+          least_ring};
 }
 
 std::vector<std::optional<SlotIndex>> slots_of(const Plan& plan) {
@@ -57,21 +59,22 @@ void bind_planner(py::module_& module) {
       "plan",
       [](std::size_t page_count, std::size_t page_size, Steps steps, std::size_t frames,
          double link_rate, std::vector<double> step_seconds, std::vector<PageIndex> keep,
-         std::vector<PageIndex> stream) {
+         std::vector<PageIndex> stream, std::size_t least_ring) {
         return make_plan(request_of(page_count, page_size, std::move(steps), frames, link_rate,
-                                    std::move(step_seconds), std::move(keep), std::move(stream)));
+                                    std::move(step_seconds), std::move(keep), std::move(stream),
+                                    least_ring));
       },
       py::arg("page_count"), py::arg("page_size"), py::arg("steps"), py::arg("frames"),
       py::arg("link_rate"), py::arg("step_seconds") = std::vector<double>(),
       py::arg("keep") = std::vector<PageIndex>(), py::arg("stream") = std::vector<PageIndex>(),
-      without_gil,
+      py::arg("least_ring") = 0, without_gil,
       "Plan a pass: the steps' pages, on so many frames, over a link of so many bytes a second.");
 
   module.def(
       "least_frames",
       [](std::size_t page_count, Steps steps, std::vector<PageIndex> keep) {
         return least_frames(
-            request_of(page_count, 1, std::move(steps), 0, 1, {}, std::move(keep), {}));
+            request_of(page_count, 1, std::move(steps), 0, 1, {}, std::move(keep), {}, 0));
       },
       py::arg("page_count"), py::arg("steps"), py::arg("keep") = std::vector<PageIndex>(),
       without_gil, "Return the fewest frames with which the steps can run.");

@@ -52,15 +52,13 @@ bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
 }
 
 std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::size_t start) {
-  // Pages that the same step needs are one copy, where they lie together on both sides. A graph has
-  // as few copies as its ring allows, since each costs its launch some microseconds; but one more
-  // before a step that waits for the newest, or the link would wait for that step.
+  // Pages that the same step needs are one copy, where they lie together on both sides.
   const PageIndex first = pages[start];
-  std::size_t most = verify_ ? 1 : tier_->pages_together(first);
-  if (capture_) most = std::min(most, capture_->most());
+  const std::size_t most = verify_ ? 1 : tier_->pages_together(first);
+  const std::size_t wanted = capture_ ? run_to_capture(pages, start, most) : most;
   const StepTime use = schedule_.next_use(first, now_);
   std::size_t count = 1;
-  for (std::size_t i = start + 1; count < most && i < pages.size(); ++i) {
+  for (std::size_t i = start + 1; count < wanted && i < pages.size(); ++i) {
     const PageIndex next = pages[i];
     if (next >= first && next < first + count) continue;  // steps that follow each other share it
     if (next != first + count || in_place(pages_[next], next)) break;
@@ -70,6 +68,29 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
     ++count;
   }
   return count;
+}
+
+// A graph has as few copies as its ring allows, since each costs its launch some microseconds, and
+// as long as no step waits for two of them: the copy after these would wait for the step. So a copy
+// brings what one step needs, or several steps that follow each other. Before a step that waits for
+// the newest copy there is one behind it, smaller if need be, or the link would wait for that step.
+std::size_t FramesRegion::run_to_capture(const std::vector<PageIndex>& pages, std::size_t start,
+                                         std::size_t together) const {
+  const PageIndex first = pages[start];
+  std::size_t count = 0;  // pages of whole steps
+  std::size_t run = 0;    // pages that follow each other
+  for (std::size_t i = start; i < pages.size() && run < together; ++i) {
+    const PageIndex next = pages[i];
+    if (next >= first && next < first + run) continue;
+    if (next != first + run || in_place(pages_[next], next)) break;
+    if (run > 0 && schedule_.next_use(next, now_) != schedule_.next_use(next - 1, now_)) {
+      if (count > 0 && run > capture_->most()) return count;
+      count = run;
+    }
+    ++run;
+  }
+  if (count == 0 || run <= capture_->most()) count = run;
+  return count < capture_->ring ? count : capture_->most();
 }
 
 bool FramesRegion::waits_for_newest() const {

@@ -192,6 +192,9 @@ class FramesRegion : public Region {
   bool may_load(PageIndex page);
   /// How many pages, from pages[start] on, to load by one copy now; 0 for none yet.
   std::size_t run_to_load(const std::vector<PageIndex>& pages, std::size_t start);
+  /// The same for a pass that is captured: how many would be best, whether there is room or not.
+  std::size_t run_to_capture(const std::vector<PageIndex>& pages, std::size_t start,
+                             std::size_t together) const;
   /// While a pass is captured: whether the next step can run only after the newest copy, so that
   /// the link would idle meanwhile, were none behind it.
   bool waits_for_newest() const;

@@ -115,7 +115,9 @@ std::vector<std::size_t> Planner::ring_sizes() const {
     }
   }
   const std::size_t limit = most_ring(least);
-  const std::size_t most = std::min(limit, std::max(to_stream(), step + kRoomInDoubt));
+  least = std::clamp(request_.least_ring, least, limit);
+  const std::size_t wanted = std::max(to_stream(), step + kRoomInDoubt);
+  const std::size_t most = std::clamp(wanted, least, limit);
   std::vector<std::size_t> sizes;
   for (std::size_t size = least; size < most;) {
     sizes.push_back(size);

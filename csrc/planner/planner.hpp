@@ -45,6 +45,7 @@ struct PlanRequest {
   std::size_t frames = 0;                     ///< Frames for resident set and ring together.
   double link_rate = 0;                       ///< Bytes per second, above 0.
   std::vector<PageIndex> stream;              ///< Pages that must not be, unless they are kept.
+  std::size_t least_ring = 0;  ///< Of the ring's frames, as far as there are so many.
 };
 
 /// The load of a page for a step.

@@ -209,6 +209,7 @@ void Streamer::begin(StepId id, StreamHandle stream) {
     throw ScheduleError("begin: step " + std::to_string(id) + " was not defined");
   }
   const std::shared_ptr<const Pages> pages = steps_[id];
+  if (capturing_) load_ahead();  // as late as can be: then most can be in one copy
   move_to(id);
   ++steps_run_;
   const bool timed = !capturing_ && (tracing_ || !region_->settled(*pages));
@@ -227,7 +228,7 @@ void Streamer::begin(StepId id, StreamHandle stream) {
     timeline_.add_wait(id, count > 0 && now_ > 0 ? (now_ - 1) % count : 0, before, after);
     if (tracing_) open_.back().since = after;
   }
-  load_ahead();
+  if (!capturing_) load_ahead();
 }
 
 void Streamer::end(StepId id, StreamHandle stream) {
@@ -245,7 +246,7 @@ void Streamer::end(StepId id, StreamHandle stream) {
     timeline_.add_span(SpanKind::kStep, id, 0, step.since, after);
   }
   region_->end(*step.pages, stream);
-  load_ahead();
+  if (!capturing_) load_ahead();
 }
 
 void Streamer::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {

@@ -176,6 +176,7 @@ def plan(
     step_seconds: Sequence[float] = [],
     keep: Sequence[int] = [],
     stream: Sequence[int] = [],
+    least_ring: int = 0,
 ) -> Plan: ...
 def least_frames(
     page_count: int, steps: Sequence[Sequence[int]], keep: Sequence[int] = []

@@ -51,6 +51,9 @@ class CapturedPass:
         args, kwargs = self._inputs
         runner.stay_by_steps()
         self._settle(runner, args, kwargs)
+        if memory.widen_ring():
+            runner.plan()
+            self._settle(runner, args, kwargs)
         self._graph = torch.cuda.CUDAGraph()
         # What stays was loaded by the last pass, everything else by the graph itself.
         self._core.prepare_capture()

@@ -27,6 +27,7 @@ _ENTRY = 8
 _TABLE = 2 << 20
 _LEAST_GROWTH = 50  # of a model's pages, one in so many is worth a new plan
 _LEAST_GAIN = 50  # of the bytes of a pass, too
+_CAPTURE_COST = 200  # of them, one in so many may be loaded more for fewer copies in a graph
 
 _DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
 
@@ -308,6 +309,7 @@ class FramesMemory(ModelMemory):
         self.region_core = core
         self.tier = tier
         self.frames = self.page_count  # that it may hold
+        self._least_ring = 0
         self.gives = True  # to others who need room
         self.active = True
         self._outside = 0  # bytes charged for what the driver takes
@@ -366,7 +368,24 @@ class FramesMemory(ModelMemory):
             seconds,
             keep=self.parts.pinned,
             stream=self.parts.streamed,
+            least_ring=self._least_ring,
         )
+
+    def widen_ring(self) -> bool:
+        """Have plans from now on share more frames, for fewer and larger copies in a graph.
+
+        Passes load half a percent more for that.
+
+        Returns
+        -------
+        bool
+            Whether that is to be planned for now.
+        """
+        if self._least_ring or not isinstance(self.plan, _core.Plan) or self.plan.ring == 0:
+            return False
+        pages = self.plan.bytes_per_pass // self.pager.page_size
+        self._least_ring = self.plan.ring + pages // _CAPTURE_COST
+        return self._least_ring > self.plan.ring
 
     @override
     def loads_less(self, steps: PagesOfSteps, seconds: Sequence[float]) -> bool:

@@ -282,6 +282,7 @@ class Pager:
         *,
         keep: Sequence[int] = (),
         stream: Sequence[int] = (),
+        least_ring: int = 0,
     ) -> _core.Plan:
         """Plan which pages stay and how the others stream.
 
@@ -297,6 +298,8 @@ class Pager:
             Compute time of each step; empty if unknown.
         keep, stream
             Pages that have to stay, and those that must not.
+        least_ring
+            Frames that the others share at least, as far as there are so many.
 
         Raises
         ------
@@ -312,6 +315,7 @@ class Pager:
             step_seconds=seconds,
             keep=keep,
             stream=stream,
+            least_ring=least_ring,
         )
 
     def capturing(self) -> bool:

@@ -623,5 +623,25 @@ TEST(Planner, TenThousandPagesArePlannedWhileNobodyNotices) {
   }
 }
 
+// ---- a ring that is asked for ------------------------------------------------------------------
+
+TEST(Planner, RingIsAsLargeAsItIsAskedToBe) {
+  PlanRequest request = request_of(60, single_pages(60), 20, std::vector<double>(60, 1e-5));
+  const std::size_t usual = make_plan(request).ring;
+  for (std::size_t least = 0; least <= 20; ++least) {
+    request.least_ring = least;
+    const Plan plan = make_plan(request);
+    EXPECT_GE(plan.ring + 2, std::max(least, usual));  // idle ones have a resident each
+    EXPECT_EQ(plan.frames(), 20U);
+    EXPECT_EQ(plan.loads.size(), 60 - plan.resident.size());
+  }
+  request.least_ring = 1000;
+  EXPECT_EQ(make_plan(request).ring, 20U);
+  request.keep = {3, 4, 5};
+  EXPECT_EQ(make_plan(request).ring, 17U);
+  request.frames = 60;
+  EXPECT_EQ(make_plan(request).ring, 0U);
+}
+
 }  // namespace
 }  // namespace penstock

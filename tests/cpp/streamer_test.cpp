@@ -338,32 +338,47 @@ TEST(Streamer, CaptureLoadsWhatThePassNeedsAndNothingBeyondIt) {
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
-TEST(Streamer, CaptureHasACopyBehindTheOneThatAStepWaitsFor) {
-  // Copies are half of the ring, 3 pages. Step 1 waits for the second of them: before it runs there
-  // is room for 2 pages more, and the link has nothing else to do.
-  FramesStreaming run(0, 6, steps_of(12, 2), 12);
+/// What a captured pass fetches by the time that each of its steps begins.
+std::vector<Pages> fetched_by_step(FramesStreaming& run) {
+  run.tier->together = true;
   run.region->prepare_capture();
   const OwnedStream stream(run.spy);
   run.streamer.set_capturing(true);
   run.region->begin_capture(stream.get());
-  const std::size_t before = run.tier->fetches().size();
-  const auto fetched = [&] {
-    const Pages fetches = run.tier->fetches();
-    return Pages(fetches.begin() + static_cast<std::ptrdiff_t>(before), fetches.end());
-  };
+  std::size_t known = run.tier->fetches().size();
+  std::vector<Pages> fetched;
   run.streamer.begin_pass(stream.get());
-  run.streamer.begin(0, stream.get());
-  run.look.look(*run.over, run.steps[0], stream.get());
-  EXPECT_EQ(fetched(), pages_between(0, 6));
-  run.streamer.end(0, stream.get());
-  EXPECT_EQ(fetched(), pages_between(0, 8));
-  for (StepId id = 1; id < 6; ++id) run.run_one(id, stream.get());
+  for (StepId id = 0; id < run.steps.size(); ++id) {
+    run.run_one(id, stream.get());
+    const Pages fetches = run.tier->fetches();
+    fetched.emplace_back(fetches.begin() + static_cast<std::ptrdiff_t>(known), fetches.end());
+    known = fetches.size();
+  }
   run.streamer.end_pass(stream.get());
   run.region->end_capture(stream.get());
   run.streamer.set_capturing(false);
-  EXPECT_EQ(fetched(), pages_between(0, 12));
   run.spy->stream_synchronize(stream.get());
   EXPECT_EQ(run.look.wrong(), 0);
+  EXPECT_EQ(run.since().second, 0U);
+  return fetched;
+}
+
+TEST(Streamer, CapturedCopiesBringWholeSteps) {
+  // Copies are of 3 pages at most, half of the ring, or of one step: 1 + 2, 4, 1 + 2, ...
+  FramesStreaming run(0, 7, {{0}, {1, 2}, {3, 4, 5, 6}, {7}, {8, 9}, {10, 11, 12, 13}}, 14);
+  EXPECT_EQ(fetched_by_step(run),
+            (std::vector<Pages>{
+                pages_between(0, 7), {}, pages_between(7, 10), pages_between(10, 14), {}, {}}));
+}
+
+TEST(Streamer, CaptureHasACopyBehindTheOneThatAStepWaitsFor) {
+  // Step 0 waits for the newest copy, and the ring has room for two pages behind it, not for three.
+  FramesStreaming run(0, 5, steps_of(12, 3), 12);
+  const std::vector<Pages> fetched = fetched_by_step(run);
+  EXPECT_EQ(fetched.front(), pages_between(0, 5));
+  Pages all;
+  for (const Pages& pages : fetched) all.insert(all.end(), pages.begin(), pages.end());
+  EXPECT_EQ(all, pages_between(0, 12));
 }
 
 // ---- figures -----------------------------------------------------------------------------------
