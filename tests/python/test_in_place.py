@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from penstock import DeviceError, MemoryManager, _core
+from penstock.memory import FramesMemory
 from python.support import KIB, build, same_bits, state_of
 
 PAGE = 64 * KIB
@@ -214,3 +215,24 @@ def test_backward_of_a_model_that_ran_freely_and_left(evict: bool) -> None:
     with torch.no_grad(), manager.use("m") as module:
         assert same_bits(module(image), plain(image))
     assert manager.stats().used == 0
+
+
+def test_ring_is_widened_once_for_a_capture_and_at_little_cost() -> None:
+    layers = 420
+    manager = MemoryManager(cap=20 * PAGE, device="cpu", pager="frames", page_size=PAGE)
+    plain = build(lambda: stack(layers), 3)
+    manager.register("m", lambda: stack(layers), state_of(plain))
+    with torch.no_grad(), manager.use("m") as module:
+        for _ in range(6):
+            module(X)
+        runner = manager._models["m"].runner
+        before = manager.stats().models["m"].memory
+        assert isinstance(runner.memory, FramesMemory)
+        assert runner.memory.widen_ring()
+        runner.plan()
+        for _ in range(6):
+            assert same_bits(module(X), plain(X))
+        after = manager.stats().models["m"].memory
+        assert after.ring_bytes >= before.ring_bytes + PAGE
+        assert before.planned_bytes < after.planned_bytes <= before.planned_bytes + 2 * PAGE
+        assert not runner.memory.widen_ring()
