@@ -303,27 +303,41 @@ class Runner:
         """Go back to running step by step, for a tensor that is about to be made."""
         if self._capturing or self.memory.pager.capturing():
             return False
+        here = threading.get_ident()
+        until = time.monotonic() + _PATIENCE
+        self._giving = True  # from now on others wait where they come to this code
+        while not self._is_left_alone(frame, here):
+            if is_inside_penstock(frame) or time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_AGAIN)
         if not self._calls:
             self._go_by_steps(while_read=True)
             return True
         thread = self.turn.holder
-        if thread == threading.get_ident():
-            return not is_inside_penstock(frame) and self._go_by_steps_at(frame)
-        until = time.monotonic() + _PATIENCE
-        while thread is None or is_inside_penstock(frame_of_thread(thread)):
-            if time.monotonic() > until:
-                return False
-            time.sleep(_LOOK_AGAIN)
-            thread = self.turn.holder
-        # It waits from now on where it comes to this code, as modules do whose calls begin.
-        self._giving = True
-        here = self._stream
-        last = next(reversed(self._streams), here())
+        if thread == here or thread is None:
+            return self._go_by_steps_at(frame)
+        own = self._stream
+        last = next(reversed(self._streams), own())
         self._stream = lambda: last
         try:
             return self._go_by_steps_at(frame_of_thread(thread))
         finally:
-            self._stream = here
+            self._stream = own
+
+    def _is_left_alone(self, frame: FrameType | None, here: int) -> bool:
+        """Whether no thread that could change the model's state is inside of this code.
+
+        One that waits at a hook has not begun to.
+
+        Parameters
+        ----------
+        frame, here
+            What this thread runs, and its number.
+        """
+        frames = {**sys._current_frames(), here: frame}
+        runs = self.turn.holder if self._calls else None
+        threads = frames if runs is None else {here, runs}
+        return not any(is_inside_penstock(_past_waiting(frames.get(each))) for each in threads)
 
     def _go_by_steps_here(self) -> None:
         """Go back to running step by step within a call in this thread, if anything is in place."""
@@ -880,6 +894,18 @@ class Runner:
     def _follow(self, order: Order) -> None:
         self._followed = order
         self._streamer.follow(order.steps, self._steps.pages_in_use(order))
+
+
+_WAIT = Runner._wait_until_given.__code__
+_HOOKS = (Runner._enter.__code__, Runner._leave.__code__)
+
+
+def _past_waiting(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that a hook interrupts, where it is one that waits; else the same."""
+    hook = frame.f_back if frame is not None and frame.f_code is _WAIT else None
+    if hook is None or hook.f_code not in _HOOKS or hook.f_back is None:
+        return frame
+    return hook.f_back.f_back  # of whoever calls the hook
 
 
 def _frame_of_call(frame: FrameType) -> FrameType:

@@ -354,3 +354,49 @@ def test_nobody_is_kept_alive_for_it(shared: HardCap) -> None:
     gc.collect()
     assert runner() is None
     assert shared.allocator.allocate(PAGE, 0)
+
+
+def test_a_read_between_passes_that_needs_room_ends(shared: HardCap, room: Room) -> None:
+    manager, plain = register()
+    with held(manager) as module:
+        room.take(shared.pager.cap // PAGE // 3)
+        for ours, theirs in zip(module.layers, plain.layers, strict=True):
+            assert same_bits(ours.inner.weight + 0, theirs.inner.weight + 0)
+        with suppress(CapExceededError):  # more at once than may fit: an error, and no deadlock
+            torch.cat([layer.inner.weight for layer in module.layers])
+        room.free()
+        assert same_bits(module(X), plain(X))
+
+
+def test_the_thread_that_runs_the_model_waits_at_its_hooks(
+    shared: HardCap, room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, plain = register()
+    events: list[str] = []
+    begun = threading.Event()
+    runner = manager._models["m"].runner
+    go_by_steps = runner._go_by_steps
+
+    def slowly(**options: bool) -> None:
+        begun.set()
+        time.sleep(0.2)  # the model's thread goes on, and comes to a hook
+        go_by_steps(**options)
+        events.append("by steps")
+
+    thread = threading.Thread(target=lambda: room.take(shared.pager.cap // PAGE // 2))
+
+    def start(_: nn.Linear) -> None:
+        thread.start()
+        assert begun.wait(20)
+
+    with held(manager) as module:
+        monkeypatch.setattr(runner, "_go_by_steps", slowly)
+        module.layers[4].before = start
+        for layer in module.layers[5:]:
+            layer.inner.register_forward_hook(lambda *_: events.append("layer"))
+        assert same_bits(module(X), plain(X))
+        thread.join(20)
+        assert not thread.is_alive()
+        assert events[0] == "by steps"
+        module.layers[4].before = lambda _: None
+        assert same_bits(module(X), plain(X))
