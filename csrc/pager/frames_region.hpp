@@ -163,8 +163,8 @@ class FramesRegion : public Region {
     std::size_t ring = 0;  // places that pages share
     std::size_t copies = 0;
     std::uint64_t newest = 0;  // load
-    /// The most pages of one copy: half of the ring, as the other half is read; of an odd one, in
-    /// turn.
+    /// The most pages of one copy for several steps: half of the ring, as the other half is read;
+    /// of an odd one, in turn.
     std::size_t most() const { return std::max<std::size_t>(1, (ring + copies % 2) / 2); }
     std::unordered_map<void*, std::uint64_t> loads;  // that a stream is ordered after
     std::unordered_map<void*, std::uint64_t> uses;   // on a stream, that the copies are after

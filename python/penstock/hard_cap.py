@@ -210,7 +210,7 @@ class HardCap:
         return self.allocator.give_back(least)
 
     def is_roomy(self) -> bool:
-        """Whether so much is free that weights may be fixed, out of reach for tensors.
+        """Whether so much is free that tensors need no weights to give way.
 
         That is a quarter of the cap, and as much as tensors have ever needed.
         """

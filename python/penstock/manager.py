@@ -641,7 +641,8 @@ class MemoryManager:
     def capture(self, name: str, *args: Any, **kwargs: Any) -> CapturedPass:  # noqa: ANN401
         """Capture one call of an acquired model in a CUDA graph, its copies included.
 
-        The model is called a few times first, until its plan is settled.
+        The model is called a few times first, until its plan is settled. From then on its passes
+        may load half a percent more, so that the graph has fewer and larger copies.
 
         Parameters
         ----------

@@ -6,7 +6,8 @@ module's step is learned (`learning`). In later passes hooks begin a step when i
 and open the tensors that it reads; whatever is read beside goes through the guard, and is a step of
 its own from then on. After a pass the plan is improved (`planning`). What stays is held in place
 (`in_place`): a model that is there as a whole runs freely and has no hooks but on its entry points;
-where a part streams, by a settled plan, only the modules that read it have hooks.
+where a part streams, by a settled plan, only the modules that read it have hooks. Tensors under
+the same cap can have what is held at any time: `give_held`.
 
 One model runs in one thread at a time; others wait for their turn. An interrupt (anything that is
 no `Exception`) ends calls without a word of it: those are ended by whoever comes next.

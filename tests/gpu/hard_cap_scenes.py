@@ -192,6 +192,15 @@ def graph():
     torch.cuda.empty_cache()
 
 
+def layer_by_layer(state, x):
+    """Compute what a sequence of linear layers does, with one of them on the device at a time."""
+    for i in range(len(state) // 2):
+        w, b = state[f"{i}.weight"].cuda(), state[f"{i}.bias"].cuda()
+        x = F.linear(x, w, b)
+        del w, b
+    return x
+
+
 def room():
     hard_cap = cap_at(160)
     torch.manual_seed(3)
@@ -211,13 +220,8 @@ def room():
         for rows in (4, 4, 4, 4, 6144, 4, 6144, 6144, *[4] * 24):  # 24 MiB each
             x = torch.randn(rows, width, device="cuda")
             y = bound(x)
-            wanted = x
-            for i in range(depth):
-                w, b = state[f"{i}.weight"].cuda(), state[f"{i}.bias"].cuda()
-                wanted = F.linear(wanted, w, b)
-                del w, b
-            assert torch.equal(y, wanted), rows
-            del x, y, wanted
+            assert torch.equal(y, layer_by_layer(state, x)), rows
+            del x, y
             held = manager.stats().models["m"].memory.resident_bytes
             if rows == 6144:
                 assert held < 100 * MIB
@@ -263,11 +267,7 @@ def in_place():
     def run(rows):
         x = torch.randn(rows, width, device="cuda")
         y = bound(x)
-        wanted = x
-        for i in range(depth):
-            w, b = state[f"{i}.weight"].cuda(), state[f"{i}.bias"].cuda()
-            wanted = F.linear(wanted, w, b)
-        assert torch.equal(y, wanted), rows
+        assert torch.equal(y, layer_by_layer(state, x)), rows
 
     with torch.no_grad(), manager.use("m") as bound:
         for others in (False, True):
