@@ -9,6 +9,20 @@ namespace py = pybind11;
 
 namespace penstock {
 
+namespace {
+
+using Put = void (Device::*)(void* address, const void* source, std::size_t nbytes);
+
+void put(ManagedRegion& region, std::size_t offset, const py::buffer& source, Put how) {
+  const py::buffer_info bytes = source.request();
+  const std::size_t nbytes = contiguous_bytes(bytes);
+  region.check_range(offset, nbytes);
+  const py::gil_scoped_release release;
+  (region.device().*how)(region.address() + offset, bytes.ptr, nbytes);
+}
+
+}  // namespace
+
 void bind_pager(py::module_& module) {
   using Pages = std::vector<PageIndex>;
   const py::call_guard<py::gil_scoped_release> without_gil;
@@ -69,15 +83,25 @@ void bind_pager(py::module_& module) {
       module, "ManagedRegion", "A region of managed memory.")
       .def_property_readonly("access", &ManagedRegion::access)
       .def(
+          "fill",
+          [](ManagedRegion& region, std::size_t offset, const py::buffer& source) {
+            put(region, offset, source, &Device::managed_fill);
+          },
+          py::arg("offset"), py::arg("source"),
+          "Copy bytes in before the first page is loaded, making no page resident.")
+      .def(
           "write",
           [](ManagedRegion& region, std::size_t offset, const py::buffer& source) {
-            const py::buffer_info bytes = source.request();
-            const std::size_t nbytes = contiguous_bytes(bytes);
-            region.check_range(offset, nbytes);
-            const py::gil_scoped_release release;
-            region.device().managed_write(region.address() + offset, bytes.ptr, nbytes);
+            put(region, offset, source, &Device::managed_write);
           },
-          py::arg("offset"), py::arg("source"), "Copy bytes in, making no page resident.")
+          py::arg("offset"), py::arg("source"), "Copy bytes in at any time.")
+      .def(
+          "write_back",
+          [](ManagedRegion& region, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
+            region.write_back(offset, nbytes, stream_of(stream));
+          },
+          py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
+          "Keep what the stream has written to a range in use; wait until it is kept.")
       .def(
           "resident_bytes",
           [](ManagedRegion& region) {

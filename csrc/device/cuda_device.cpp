@@ -57,6 +57,14 @@ int attribute(cudaDeviceAttr which, int ordinal) {
   return value;
 }
 
+// With the direction said, the GPU copies; else the process may do it where managed memory is on
+// the host.
+Staging::Copy copying(cudaMemcpyKind kind) {
+  return [kind](void* target, const void* source, std::size_t nbytes, StreamHandle stream) {
+    check(cudaMemcpyAsync(target, source, nbytes, kind, native(stream)), "cudaMemcpyAsync");
+  };
+}
+
 }  // namespace
 
 int CudaDevice::count() noexcept {
@@ -74,7 +82,9 @@ std::string CudaDevice::unavailable_reason() {
   return devices > 0 ? "" : "no CUDA device is visible to this process";
 }
 
-CudaDevice::CudaDevice(int ordinal) : usage_(ordinal) {
+CudaDevice::CudaDevice(int ordinal)
+    : usage_(ordinal),
+      staging_(*this, copying(cudaMemcpyHostToDevice), copying(cudaMemcpyDeviceToHost)) {
   const SelectDevice selected(ordinal);
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
@@ -217,7 +227,17 @@ void CudaDevice::managed_release(void* address, std::size_t /*nbytes*/) {
 
 void CudaDevice::managed_read(void* address, const File& file, std::uint64_t offset,
                               std::size_t nbytes) {
-  file.read(address, offset, nbytes);
+  const SelectDevice selected(info_.ordinal);
+  staging_.write(address, nbytes, [&](void* buffer, std::size_t done, std::size_t part) {
+    file.read(buffer, offset + done, part);
+  });
+}
+
+void CudaDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
+  const SelectDevice selected(info_.ordinal);
+  staging_.write(address, nbytes, [&](void* buffer, std::size_t done, std::size_t part) {
+    std::memcpy(buffer, static_cast<const std::byte*>(source) + done, part);
+  });
 }
 
 void CudaDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
@@ -227,6 +247,18 @@ void CudaDevice::managed_write(void* address, const void* source, std::size_t nb
 void CudaDevice::managed_seal(void* address, std::size_t nbytes) {
   const SelectDevice selected(info_.ordinal);
   cuda_api::mem_advise(address, nbytes, cudaMemAdviseSetReadMostly, info_.ordinal);
+  staging_.release();
+}
+
+void CudaDevice::managed_keep(void* address, std::size_t nbytes, StreamHandle stream) {
+  const SelectDevice selected(info_.ordinal);
+  // Written by the process, the bytes are the only ones, and no duplicate is on the device.
+  staging_.read(address, nbytes, stream,
+                [&](const void* buffer, std::size_t offset, std::size_t part) {
+                  std::memcpy(static_cast<std::byte*>(address) + offset, buffer, part);
+                });
+  cuda_api::mem_prefetch(address, nbytes, info_.ordinal, native(stream));
+  staging_.release();
 }
 
 void CudaDevice::managed_stay(void* address, std::size_t nbytes) {

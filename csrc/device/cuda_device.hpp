@@ -6,12 +6,19 @@
 // Managed memory prefers the host and is, where it is read-mostly, duplicated on the GPU by a
 // prefetch. Taking the advice back and giving it again drops the duplicates and moves nothing; the
 // call is synchronous. Read-write memory has no duplicates: evicting moves it to the host.
+//
+// The GPU fills managed memory, by copies from pinned buffers to where it is on the host. Where the
+// process has never touched a page, the driver knows that nothing else maps it, and a prefetch
+// takes the host a third of the time that it takes otherwise (4 KiB by 4 KiB, what each may be
+// mapped for). Such a duplicate can be written to, and the driver does not see it: hence
+// `managed_keep`.
 #pragma once
 
 #include <string>
 
 #include "device/cuda_usage.hpp"
 #include "device/device.hpp"
+#include "device/staging.hpp"
 
 namespace penstock {
 
@@ -46,8 +53,10 @@ class CudaDevice : public Device {
   void managed_release(void* address, std::size_t nbytes) override;
   void managed_read(void* address, const File& file, std::uint64_t offset,
                     std::size_t nbytes) override;
+  void managed_fill(void* address, const void* source, std::size_t nbytes) override;
   void managed_write(void* address, const void* source, std::size_t nbytes) override;
   void managed_seal(void* address, std::size_t nbytes) override;
+  void managed_keep(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_stay(void* address, std::size_t nbytes) override;
   void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_evict(void* address, std::size_t nbytes, Access access,
@@ -71,6 +80,7 @@ class CudaDevice : public Device {
  private:
   CudaUsage usage_;  // first: it looks before there is a context
   DeviceInfo info_;
+  Staging staging_;
 };
 
 }  // namespace penstock

@@ -85,6 +85,9 @@ struct ProcessMemory {
 
 class Device {
  public:
+  /// Bytes of managed memory that a device moves as a whole, if only a part of them is touched.
+  static constexpr std::size_t kManagedBlock = std::size_t{2} << 20;
+
   virtual ~Device() = default;
   Device() = default;
   Device(const Device&) = delete;
@@ -123,18 +126,25 @@ class Device {
   virtual double event_elapsed(EventHandle start, EventHandle end) = 0;
 
   // Managed memory: readable at any time; being resident only decides how fast.
-  /// Reserves `nbytes` of managed addresses, none of them resident, aligned to 2 MiB.
+  /// Reserves `nbytes` of managed addresses, none of them resident, aligned to
+  /// kManagedBlock.
   virtual void* managed_reserve(std::size_t nbytes, Access access) = 0;
   virtual void managed_release(void* address, std::size_t nbytes) = 0;
-  /// Puts `nbytes` of a file at `address` without making the range resident.
+  /// Puts `nbytes` of a file at `address` without making the range resident. For filling a range,
+  /// before it is sealed.
   /// @throws CheckpointError where the file ends early or cannot be read.
   virtual void managed_read(void* address, const File& file, std::uint64_t offset,
                             std::size_t nbytes) = 0;
-  /// Puts `nbytes` of host memory at `address` without making the range resident.
+  /// The same with `nbytes` of host memory.
+  virtual void managed_fill(void* address, const void* source, std::size_t nbytes) = 0;
+  /// Puts `nbytes` of host memory at `address` at any time; none of it need be resident afterwards.
   virtual void managed_write(void* address, const void* source, std::size_t nbytes) = 0;
   /// Declares that the range holds its bytes and will mostly be read; needed once, before the first
   /// prefetch of a kReadMostly range. Filling is many times faster before than after it.
   virtual void managed_seal(void* address, std::size_t nbytes) = 0;
+  /// Keeps what the work of `stream` has written to a resident part of a kReadMostly range, which
+  /// evicting would lose: in whole kManagedBlock from the range's start. Blocks the caller.
+  virtual void managed_keep(void* address, std::size_t nbytes, StreamHandle stream) = 0;
   /// Has the device reach the range where it is, on the host, instead of moving pages to where they
   /// are used: what is written stays there, and none of it is ever resident.
   virtual void managed_stay(void* address, std::size_t nbytes) = 0;

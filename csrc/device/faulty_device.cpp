@@ -142,6 +142,10 @@ void FaultyDevice::managed_read(void* address, const File& file, std::uint64_t o
   enter("managed_read");
   inner_->managed_read(address, file, offset, nbytes);
 }
+void FaultyDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
+  enter("managed_fill");
+  inner_->managed_fill(address, source, nbytes);
+}
 void FaultyDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   enter("managed_write");
   inner_->managed_write(address, source, nbytes);
@@ -149,6 +153,10 @@ void FaultyDevice::managed_write(void* address, const void* source, std::size_t 
 void FaultyDevice::managed_seal(void* address, std::size_t nbytes) {
   enter("managed_seal");
   inner_->managed_seal(address, nbytes);
+}
+void FaultyDevice::managed_keep(void* address, std::size_t nbytes, StreamHandle stream) {
+  enter("managed_keep");
+  inner_->managed_keep(address, nbytes, stream);
 }
 void FaultyDevice::managed_stay(void* address, std::size_t nbytes) {
   enter("managed_stay");

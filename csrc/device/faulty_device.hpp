@@ -55,8 +55,10 @@ class FaultyDevice : public Device {
   void managed_release(void* address, std::size_t nbytes) override;
   void managed_read(void* address, const File& file, std::uint64_t offset,
                     std::size_t nbytes) override;
+  void managed_fill(void* address, const void* source, std::size_t nbytes) override;
   void managed_write(void* address, const void* source, std::size_t nbytes) override;
   void managed_seal(void* address, std::size_t nbytes) override;
+  void managed_keep(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_stay(void* address, std::size_t nbytes) override;
   void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override;
   void managed_evict(void* address, std::size_t nbytes, Access access,

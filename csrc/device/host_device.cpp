@@ -178,11 +178,19 @@ void HostDevice::managed_read(void* address, const File& file, std::uint64_t off
   managed_.read(address, file, offset, nbytes);
 }
 
+void HostDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
+  managed_.write(address, source, nbytes);
+}
+
 void HostDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   managed_.write(address, source, nbytes);
 }
 
 void HostDevice::managed_seal(void* /*address*/, std::size_t /*nbytes*/) {}
+
+void HostDevice::managed_keep(void* /*address*/, std::size_t /*nbytes*/, StreamHandle stream) {
+  stream_synchronize(stream);  // what is written to the mapping is in the spill file
+}
 
 void HostDevice::managed_stay(void* /*address*/, std::size_t /*nbytes*/) {}
 

@@ -40,7 +40,7 @@ ManagedPager::ManagedPager(std::shared_ptr<Device> device, std::shared_ptr<Budge
     : device_(std::move(device)),
       budget_(std::move(budget)),
       page_size_(page_size),
-      load_stream_(device_),
+      load_streams_{OwnedStream(device_), OwnedStream(device_)},
       evict_stream_(device_) {}
 
 ManagedPager::~ManagedPager() {
@@ -288,8 +288,8 @@ void ManagedPager::synchronize() {
     thread.submit([request = std::move(request)] { (*request)(); });
     wait(std::move(result));
   };
-  wait_for(load_thread_, load_stream_);  // what it loads may have others evicted
-  wait_for(evict_thread_, evict_stream_);
+  for (const auto& stream : load_streams_) wait_for(load_thread_, stream);
+  wait_for(evict_thread_, evict_stream_);  // after the loads, which may have others evicted
 }
 
 bool ManagedPager::settled(const ManagedRegion& region, const std::vector<PageIndex>& pages) const {

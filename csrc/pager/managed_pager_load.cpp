@@ -125,25 +125,26 @@ void ManagedPager::issue_load(ManagedRegion& region, const std::vector<PageIndex
     device_->managed_seal(region.address(), region.nbytes());
     region.sealed_ = true;
   }
+  const OwnedStream& stream = load_streams_.at(next_load_++ % load_streams_.size());
   Event start;
   Event ready;
   try {
-    if (region.trace_) start = record(load_stream_);
+    if (region.trace_) start = record(stream);
     for_each_run(pages, [&](PageIndex first, std::size_t count) {
       device_->managed_prefetch(address_of(region, first), run_bytes(region, first, count),
-                                load_stream_.get());
+                                stream.get());
     });
-    ready = record(load_stream_);
+    ready = record(stream);
   } catch (...) {
     // Some runs may be on their way: take them back before the charge is.
     const std::exception_ptr cause = std::current_exception();
-    settle(load_stream_);
+    settle(stream);
     try {
-      issue_evict(region, pages, load_stream_);
+      issue_evict(region, pages, stream);
     } catch (const std::exception& second) {
       device_->suppress(second.what());
     }
-    settle(load_stream_);
+    settle(stream);
     std::rethrow_exception(cause);
   }
   const std::lock_guard lock(mutex_);

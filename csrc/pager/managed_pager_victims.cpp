@@ -15,7 +15,7 @@ namespace penstock {
 
 namespace {
 
-constexpr std::size_t kBatchesInRoom = 4;
+constexpr std::size_t kBatchesInRoom = 6;
 
 // Whether the work of events is over, asking the device as little as can be: where an event of a
 // stream is not over, a later one is not either.

@@ -72,6 +72,16 @@ std::size_t ManagedRegion::ahead_window() const {
   return pager_->ahead_sizes(*this).window;
 }
 
+void ManagedRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
+  check_range(offset, nbytes);
+  if (access_ == Access::kReadWrite || nbytes == 0) return;
+  // By whole blocks: what else was written to them would be lost with the duplicate.
+  constexpr std::size_t kBlock = Device::kManagedBlock;
+  const std::size_t start = offset / kBlock * kBlock;
+  const std::size_t end = std::min((offset + nbytes + kBlock - 1) / kBlock * kBlock, reserved_);
+  device_->managed_keep(address_ + start, end - start, stream);
+}
+
 void ManagedRegion::keep(const std::vector<PageIndex>& pages) {
   pager_->keep(*this, pages);
 }

@@ -40,6 +40,9 @@ class ManagedRegion : public Region, public FillTarget {
   std::size_t ahead_batch() const override;
   std::size_t ahead_window() const override;
   RegionStats stats() const override;
+  /// Keeps what `stream` has written to a range in use, which evicting it would lose where the
+  /// region is read-mostly. Blocks the caller.
+  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
 
   void check_range(std::size_t offset, std::size_t nbytes) const override;
   void fill_from(const File& file, std::uint64_t file_offset, std::size_t offset,

@@ -14,8 +14,8 @@ __all__ = ["ManagedPlan", "plan_managed"]
 BATCH_BYTES = _core.ManagedPager.largest_batch
 """What the pager loads at once; large ranges of unified memory move faster."""
 
-BATCHES = 4
-"""In the ring: one is copied, one read, one evicted, and one is there for what does not fit."""
+BATCHES = 6
+"""In the ring: two are copied, two read, one evicted, and one is there for what does not fit."""
 
 
 _NO_PARTS = Parts()

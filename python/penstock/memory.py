@@ -285,7 +285,7 @@ class ManagedMemory(ModelMemory):
 
     @override
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
-        """Do nothing: managed memory keeps what is written."""
+        self.region_core.write_back(offset, nbytes, stream)
 
     @override
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:

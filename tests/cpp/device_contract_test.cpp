@@ -210,7 +210,7 @@ class Managed : public DeviceContract {
   void TearDown() override { stream_.reset(); }
 
   void fill(ManagedRange& range, const Bytes& bytes) {
-    device_->managed_write(range.address(), bytes.data(), bytes.size());
+    device_->managed_fill(range.address(), bytes.data(), bytes.size());
     if (range.access() == Access::kReadMostly) {
       device_->managed_seal(range.address(), range.nbytes());
     }
@@ -285,13 +285,30 @@ TEST_P(Managed, WhatIsWrittenAfterAPrefetchOutlivesTheEviction) {
   }
 }
 
+TEST_P(Managed, WhatTheDeviceWritesToAReadMostlyRangeIsKeptOnRequest) {
+  Bytes bytes = pattern(3 * Device::kManagedBlock + kUnit, 1);
+  ManagedRange range(device_, bytes.size(), Access::kReadMostly);
+  fill(range, bytes);
+  prefetch(range, 0, bytes.size());
+  for (const std::size_t at : {std::size_t{0}, 2 * Device::kManagedBlock}) {
+    device_->fill(range.address() + at, 7, kUnit, stream_->get());
+    std::fill_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), kUnit, 7);
+    device_->managed_keep(range.address() + at, Device::kManagedBlock, stream_->get());
+    EXPECT_EQ(read(range.address(), bytes.size()), bytes);
+  }
+  evict(range, 0, bytes.size());
+  EXPECT_EQ(read(range.address(), bytes.size()), bytes);
+  prefetch(range, 0, bytes.size());
+  EXPECT_EQ(read(range.address(), bytes.size()), bytes);
+}
+
 TEST_P(Managed, FileIsReadToAnyPlaceFromAnyOffset) {
   const TemporaryDirectory directory;
   const Bytes content = pattern(3 * kUnit, 1);
   const File file(directory.write("weights", content));
   ManagedRange range(device_, 2 * kUnit, Access::kReadMostly);
   const Bytes background(2 * kUnit, 0xAA);
-  device_->managed_write(range.address(), background.data(), background.size());
+  device_->managed_fill(range.address(), background.data(), background.size());
   device_->managed_read(range.address() + 13, file, 4099, kUnit + 7);
   Bytes expected = background;
   std::copy_n(content.begin() + 4099, kUnit + 7, expected.begin() + 13);

@@ -241,21 +241,21 @@ TEST(ManagedPlan, LookAheadTakesWhatIsNotKeptAndNotUsedByOthers) {
   PagerSetup setup(40);
   const auto region = setup.reserve(100);
   EXPECT_EQ(region->ahead_window(), 20U);  // no plan
-  EXPECT_EQ(region->ahead_batch(), 5U);
+  EXPECT_EQ(region->ahead_batch(), 3U);
   region->set_schedule(one_page_each(100));
   region->keep(pages_between(0, 20));
-  EXPECT_EQ(region->ahead_batch(), 5U);
-  EXPECT_EQ(region->ahead_window(), 20U - 5U - 5U + 1U);
+  EXPECT_EQ(region->ahead_batch(), 3U);
+  EXPECT_EQ(region->ahead_window(), 20U - 3U - 3U + 1U);
   region->set_schedule({pages_between(0, 29), {50}});  // of the first, 9 pass through
-  EXPECT_EQ(region->ahead_window(), 20U - 9U - 5U + 1U);
+  EXPECT_EQ(region->ahead_window(), 20U - 9U - 3U + 1U);
   setup.budget->charge(Tag::kActivations, 4 * kPage);
-  EXPECT_EQ(region->ahead_batch(), 4U);
+  EXPECT_EQ(region->ahead_batch(), 2U);
   setup.budget->release(Tag::kActivations, 4 * kPage);
   const auto other = setup.reserve(8);
   run_step(*setup.pager, *other, pages_between(0, 8));
-  EXPECT_EQ(region->ahead_batch(), 5U);
-  setup.pager->set_active(*other, true);
   EXPECT_EQ(region->ahead_batch(), 3U);
+  setup.pager->set_active(*other, true);
+  EXPECT_EQ(region->ahead_batch(), 2U);
   region->keep(pages_between(0, 90));  // more than there is room for
   EXPECT_EQ(region->ahead_batch(), 1U);
   EXPECT_EQ(region->ahead_window(), 1U);

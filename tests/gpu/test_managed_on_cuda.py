@@ -104,15 +104,37 @@ def test_written_pages_survive_eviction():
     assert torch.equal(tensor, wanted)
 
 
-def test_clean_pages_written_by_mistake_are_not_lost_either():
-    pager = penstock.Pager(cap="64MiB", device="cuda")
-    region = pager.reserve("8MiB", writable=False)
-    tensor = region.tensor(0, (2 * MIB,), torch.float32)
-    pager.prefetch(region)
-    tensor.fill_(3.0)
-    torch.cuda.synchronize()
-    pager.evict(region)
-    assert torch.equal(tensor, torch.full_like(tensor, 3.0))
+def add_to_weight(module, args, output):
+    module.weight.add_(0.125)
+
+
+def test_weights_that_are_changed_in_place_survive_eviction(reference):
+    state, ids, wanted = reference
+    manager = penstock.MemoryManager(cap="64MiB", device="cuda", pager="managed")
+    manager.register("m", lambda: Tied().eval(), state)
+    plain = Tied().eval()
+    plain.load_state_dict(state)
+    plain = plain.cuda()
+    with torch.no_grad(), manager.use("m") as model:
+        for _ in range(3):
+            assert torch.equal(model(ids), wanted)
+        for changed in (plain, model):  # between passes, some resident and some not
+            for parameter in changed.parameters():
+                parameter.mul_(0.75)
+        handles = [
+            module.register_forward_hook(add_to_weight)
+            for changed in (plain, model)
+            for module in (changed.blocks[0].up, changed.blocks[1].down)
+        ]
+        for _ in range(4):  # and inside of steps
+            assert torch.equal(model(ids), plain(ids))
+        for handle in handles:
+            handle.remove()
+    for _ in range(2):
+        with torch.no_grad(), manager.use("m") as model:  # evicted, and loaded again
+            assert torch.equal(model(ids), plain(ids))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.cpu(), plain.state_dict()[name].cpu()), name
 
 
 def test_a_tensor_outlives_pager_and_manager():

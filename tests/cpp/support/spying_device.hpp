@@ -29,6 +29,7 @@ class SpyingDevice : public HostDevice {
   using Hook = std::function<void(std::uintptr_t address, std::size_t nbytes, StreamHandle)>;
   Hook on_prefetch;  ///< Before each managed_prefetch, on the thread that calls it.
   Hook on_evict;     ///< Before each managed_evict, on the thread that calls it.
+  Hook on_keep;      ///< Before each managed_keep.
   Hook on_read;      ///< Before each managed_read; it has no stream.
   Hook on_release;   ///< Before each managed_release; it has no stream.
   Hook on_copy;      ///< Before each copy, on the thread that calls it; tells the target.
@@ -55,6 +56,11 @@ class SpyingDevice : public HostDevice {
                     std::size_t nbytes) override {
     if (on_read) on_read(reinterpret_cast<std::uintptr_t>(address), nbytes, {});
     HostDevice::managed_read(address, file, offset, nbytes);
+  }
+
+  void managed_keep(void* address, std::size_t nbytes, StreamHandle stream) override {
+    if (on_keep) on_keep(reinterpret_cast<std::uintptr_t>(address), nbytes, stream);
+    HostDevice::managed_keep(address, nbytes, stream);
   }
 
   void managed_prefetch(void* address, std::size_t nbytes, StreamHandle stream) override {
