@@ -334,6 +334,18 @@ void ManagedPager::keep(ManagedRegion& region, const std::vector<PageIndex>& wan
   region.find_largest_step();
 }
 
+std::vector<bool> ManagedPager::staying(const ManagedRegion& region) const {
+  const std::lock_guard lock(mutex_);
+  const PageTable& table = region.table_;
+  if (table.kept_count() == 0) return {};
+  std::vector<bool> staying(region.page_count());
+  for (std::size_t i = 0; i < staying.size(); ++i) {
+    const auto page = static_cast<PageIndex>(i);
+    staying[i] = table.kept(page) && table.state(page) == PageState::kResident;
+  }
+  return staying;
+}
+
 AheadSizes ManagedPager::ahead_sizes(const ManagedRegion& region) const {
   const std::lock_guard lock(mutex_);
   return sizes_of(region);

@@ -115,6 +115,8 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   void set_turn(ManagedRegion& region, std::optional<std::uint32_t> turn);
   /// Replaces the pages that a plan wants resident; the others pass through. None: no plan.
   void keep(ManagedRegion& region, const std::vector<PageIndex>& pages);
+  /// Pages, by index, that a plan wants resident and that are; empty where there is no plan.
+  std::vector<bool> staying(const ManagedRegion& region) const;
   /// How many pages to ask for ahead at once, and how many may be ahead.
   AheadSizes ahead_sizes(const ManagedRegion& region) const;
 

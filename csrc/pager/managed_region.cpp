@@ -64,6 +64,10 @@ std::size_t ManagedRegion::load_ahead(const std::vector<PageIndex>& pages) {
   return pages.size();
 }
 
+std::vector<bool> ManagedRegion::staying() const {
+  return pager_->staying(*this);
+}
+
 std::size_t ManagedRegion::ahead_batch() const {
   return pager_->ahead_sizes(*this).batch;
 }

@@ -37,6 +37,7 @@ class ManagedRegion : public Region, public FillTarget {
   /// Says which pages a plan wants resident; see ManagedPager.
   void keep(const std::vector<PageIndex>& pages);
   std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
+  std::vector<bool> staying() const override;
   std::size_t ahead_batch() const override;
   std::size_t ahead_window() const override;
   RegionStats stats() const override;

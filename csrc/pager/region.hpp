@@ -76,6 +76,9 @@ class Region {
   /// Begins to load pages for later steps, the first of them first. Never waits for the device.
   /// @return how many of them, counted from the first, are in place or on their way now.
   virtual std::size_t load_ahead(const std::vector<PageIndex>& pages) = 0;
+  /// Which pages, by index, are in place for good, so that nobody need ask for them ahead, and
+  /// loads best end where one of them lies between; empty where the region does not tell.
+  virtual std::vector<bool> staying() const { return {}; }
   /// How many pages `load_ahead` is best given at once, and how many may be ahead of their use.
   virtual std::size_t ahead_batch() const = 0;
   virtual std::size_t ahead_window() const = 0;

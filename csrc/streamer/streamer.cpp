@@ -75,9 +75,15 @@ void Streamer::follow(std::vector<StepId> order, std::vector<std::vector<PageInd
 }
 
 void Streamer::skip_to(StepTime time) {
-  cursor_ = time;
-  cursor_page_ = 0;
+  cursor_ = {time, 0};
+  ahead_.clear();
   pages_ahead_ = 0;
+}
+
+void Streamer::count_ahead(StepTime time) {
+  if (ahead_.size() < time - now_) ahead_.resize(time - now_);
+  ++ahead_[time - now_ - 1];
+  ++pages_ahead_;
 }
 
 void Streamer::move_to(StepId id) {
@@ -98,12 +104,12 @@ void Streamer::move_to(StepId id) {
 }
 
 void Streamer::come_to(StepTime time) {
-  if (cursor_ <= time) {
+  if (cursor_.time <= time) {
     skip_to(time + 1);
   } else {
-    for (StepTime passed = now_ + 1; passed <= time; ++passed) {
-      const auto& pages = upcoming_.pages[(passed - 1) % upcoming_.order.size()];
-      pages_ahead_ -= std::min(pages_ahead_, pages.size());
+    for (StepTime passed = now_ + 1; passed <= time && !ahead_.empty(); ++passed) {
+      pages_ahead_ -= ahead_.front();
+      ahead_.pop_front();
     }
   }
   now_ = time;
@@ -127,36 +133,41 @@ void Streamer::move_cursor() {
   const StepTime pass_end = (now_ == 0 ? 1 : (now_ - 1) / count + 1) * count;
   const StepTime last = capturing_ ? pass_end : std::max<StepTime>(now_ + count - 1, count);
   const std::size_t window = region_->ahead_window();
-  const std::size_t batch = region_->ahead_batch();
-  std::vector<PageIndex> wanted;
-  while (cursor_ <= last && pages_ahead_ < window) {
-    // Pages of one or of several steps, as many as the region likes to be asked for at once.
-    StepTime time = cursor_;
-    std::size_t page = cursor_page_;
-    wanted.clear();
-    while (time <= last && wanted.size() < batch) {
-      const auto& pages = upcoming_.pages[(time - 1) % count];
-      for (; page < pages.size() && wanted.size() < batch; ++page) wanted.push_back(pages[page]);
-      if (page < pages.size()) break;
-      ++time;
-      page = 0;
+  if (pages_ahead_ >= window) return;
+  const std::vector<bool> staying = region_->staying();
+  const std::size_t most = region_->ahead_batch();
+  while (cursor_.time <= last && pages_ahead_ < window) {
+    const Batch batch = batch_at_cursor(last, most, staying);
+    const std::size_t taken = batch.pages.empty() ? 0 : region_->load_ahead(batch.pages);
+    for (std::size_t i = 0; i < taken; ++i) count_ahead(batch.places[i].time);
+    if (taken < batch.pages.size()) {  // as far as it came
+      cursor_ = batch.places[taken];
+      return;
     }
-    const std::size_t taken = wanted.empty() ? 0 : region_->load_ahead(wanted);
-    pages_ahead_ += taken;
-    if (taken == wanted.size()) {
-      cursor_ = time;
-      cursor_page_ = page;
-      continue;
-    }
-    for (std::size_t left = taken; left > 0; --left) {  // as far as it came
-      while (cursor_page_ >= upcoming_.pages[(cursor_ - 1) % count].size()) {
-        ++cursor_;
-        cursor_page_ = 0;
-      }
-      ++cursor_page_;
-    }
-    return;
+    cursor_ = batch.end;
   }
+}
+
+Streamer::Batch Streamer::batch_at_cursor(StepTime last, std::size_t most,
+                                          const std::vector<bool>& staying) const {
+  Batch batch;
+  for (Place at = cursor_; at.time <= last; at = {at.time + 1, 0}) {
+    const auto& pages = upcoming_.pages[(at.time - 1) % upcoming_.order.size()];
+    for (; at.page < pages.size(); ++at.page) {
+      const PageIndex page = pages[at.page];
+      if (!staying.empty() && staying[page]) continue;
+      const std::size_t found = batch.pages.size();
+      const bool apart = found > 0 && page != batch.pages.back() && page != batch.pages.back() + 1;
+      if (found >= most || (apart && !staying.empty() && 2 * found >= most)) {
+        batch.end = at;
+        return batch;
+      }
+      batch.pages.push_back(page);
+      batch.places.push_back(at);
+    }
+  }
+  batch.end = {last + 1, 0};
+  return batch;
 }
 
 void Streamer::prefetch() {

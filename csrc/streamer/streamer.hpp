@@ -108,6 +108,18 @@ class Streamer : private PageObserver {
     std::unordered_map<StepId, std::vector<StepIndex>> places;  // of each step, ascending
   };
 
+  // A page in the order of uses.
+  struct Place {
+    StepTime time = 0;     // of the step
+    std::size_t page = 0;  // among the step's
+  };
+  // Pages to ask for at once, where each is used, and what comes next.
+  struct Batch {
+    std::vector<PageIndex> pages;
+    std::vector<Place> places;
+    Place end;
+  };
+
   void on_load(PageIndex first, std::size_t count, std::size_t nbytes, const Event& start,
                const Event& ready, bool demanded) override;
   void on_evict(PageIndex first, std::size_t count, const Event& start, const Event& end) override;
@@ -119,7 +131,11 @@ class Streamer : private PageObserver {
   /// Goes as far as it can; `begin` meets the error again that stops it.
   void load_ahead() noexcept;
   void move_cursor();
+  /// Up to `most` pages from the cursor on, those that stay left out; where pages stay, half as
+  /// many will do if the next page lies elsewhere.
+  Batch batch_at_cursor(StepTime last, std::size_t most, const std::vector<bool>& staying) const;
   void skip_to(StepTime time);
+  void count_ahead(StepTime time);
   Event note_time(StreamHandle stream) noexcept;
 
   std::shared_ptr<Region> region_;
@@ -130,10 +146,10 @@ class Streamer : private PageObserver {
   std::vector<std::string> names_;                   // by id
   std::vector<Open> open_;                           // the latest last
   Upcoming upcoming_;
-  StepTime now_ = 0;             // time of the last step that began; see Schedule
-  StepTime cursor_ = 1;          // time of the step whose pages are loaded next
-  std::size_t cursor_page_ = 0;  // how many of its pages are on their way
-  std::size_t pages_ahead_ = 0;  // of the steps between
+  StepTime now_ = 0;               // time of the last step that began; see Schedule
+  Place cursor_{1, 0};             // the page that is loaded ahead next
+  std::deque<std::size_t> ahead_;  // pages asked for ahead, of each step after now_
+  std::size_t pages_ahead_ = 0;    // all of them
   bool capturing_ = false;
   bool tracing_ = false;
   std::uint64_t passes_ = 0;

@@ -211,6 +211,7 @@ class MemoryManager:
             if exist_ok and name in self._models:
                 return
             self._require_new(name)
+            self._pager.measure_link()  # while the builder runs
             module = build_skeleton(module_or_builder)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)

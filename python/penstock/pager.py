@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,13 @@ FRAME_SIZE = 32 << 20
 """Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
 
 _LINK_SAMPLE = 64 << 20
+
+
+def _complete(future: Future[float], work: Callable[[], float]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
 
 
 def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device, torch.device]:
@@ -202,7 +211,8 @@ class Pager:
         self.device: torch.device
         self.budget: _core.Budget
         self.hard_cap: HardCap | None = None
-        self._link_rate = 0.0
+        self._link_rate: Future[float] | None = None
+        self._link_lock = threading.Lock()
         shared = cap if isinstance(cap, Pager) else None
         if shared is not None:
             self.core_device, self.device = shared.core_device, shared.device
@@ -255,11 +265,19 @@ class Pager:
     @property
     def link_rate(self) -> float:
         """Bytes per second of copies from pinned memory, measured once."""
+        return self.measure_link().result()
+
+    def measure_link(self) -> Future[float]:
+        """Begin to measure `link_rate` on a thread of its own, if nobody has; wait for nothing."""
         if self.hard_cap is not None and self.hard_cap.pager is not self:
-            return self.hard_cap.pager.link_rate
-        if not self._link_rate:
-            self._link_rate = self._measure_link()
-        return self._link_rate
+            return self.hard_cap.pager.measure_link()
+        with self._link_lock:
+            rate = self._link_rate
+            if rate is None or (rate.done() and rate.exception() is not None):
+                rate = self._link_rate = Future()
+                work = (rate, self._measure_link)
+                threading.Thread(target=_complete, args=work, daemon=True).start()
+            return rate
 
     def _measure_link(self) -> float:
         if self.hard_cap is None:

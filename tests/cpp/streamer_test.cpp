@@ -563,6 +563,41 @@ TEST(StreamerManaged, ReadsRightBytesUnderTheCapInEveryOrder) {
   EXPECT_EQ(setup.pager->region_stats(*region).pinned_pages, 0U);
 }
 
+TEST(StreamerManaged, LoadsAheadAreTheRunsBetweenWhatStays) {
+  constexpr PageIndex kPages = 120;
+  constexpr PageIndex kPeriod = 10;  // eight pages that pass, two that stay
+  constexpr std::size_t kBatch = 8;
+  Steps steps = steps_of(kPages, 1);
+  for (std::size_t step = 5; step < steps.size(); step += 7) {
+    steps[step].insert(steps[step].begin(), kBatch);  // a page that stays, as norms lie in
+    if (steps[step][1] <= kBatch) steps[step].erase(steps[step].begin());
+  }
+  Pages staying;
+  for (PageIndex page = kBatch; page < kPages; page += kPeriod) {
+    staying.insert(staying.end(), {page, page + 1});
+  }
+  PagerSetup setup(staying.size() + 6 * kBatch);
+  std::vector<std::size_t> loads;  // by the load thread
+  setup.spy->on_prefetch = [&](std::uintptr_t, std::size_t nbytes, StreamHandle) {
+    loads.push_back(nbytes / kPage);
+  };
+  const auto region = setup.reserve(kPages);
+  const Bytes bytes = fill(*region, 1);
+  region->keep(staying);
+  Streaming streaming(region, bytes, steps);
+  ASSERT_EQ(region->ahead_batch(), kBatch);
+  streaming.run_pass();
+  streaming.run_pass();
+  setup.pager->synchronize();
+  loads.clear();
+  streaming.since();
+  for (int pass = 0; pass < 3; ++pass) streaming.run_pass();
+  setup.pager->synchronize();
+  EXPECT_EQ(streaming.since(),
+            (std::pair<std::uint64_t, std::uint64_t>{3 * (kPages - staying.size()), 0}));
+  EXPECT_EQ(loads, std::vector<std::size_t>(3 * kPages / kPeriod, kBatch));
+}
+
 TEST(StreamerManaged, TraceHasWhatWasDropped) {
   PagerSetup setup(4);
   const auto region = setup.reserve(8);

@@ -33,12 +33,12 @@ def test_all_is_kept_where_it_fits() -> None:
     assert kept == ManagedPlan((0, 1, 3), 0, 0, 0)
 
 
-def test_ring_is_of_four_batches_where_the_cap_is_large() -> None:
+def test_ring_is_of_six_batches_where_the_cap_is_large() -> None:
     made = plan([[page] for page in range(200)], 80)
     assert made.ring == BATCHES * 4
     assert len(made.kept) == 80 - made.ring
-    assert made.bytes_per_pass == (200 - 64) * PAGE
-    assert made.seconds == 200 - 64
+    assert made.bytes_per_pass == (200 - 56) * PAGE
+    assert made.seconds == 200 - 56
 
 
 def test_ring_is_half_of_a_small_cap() -> None:
@@ -48,7 +48,7 @@ def test_ring_is_half_of_a_small_cap() -> None:
 
 def test_ring_has_room_for_the_largest_step_and_a_batch() -> None:
     made = plan([list(range(20)), *([page] for page in range(20, 80))], 30)
-    assert made.ring == 20 + BATCH_BYTES // PAGE - 1  # of the batches of half the cap
+    assert made.ring == 20 + 15 // BATCHES  # a batch of half the cap
 
 
 def test_nothing_is_kept_beside_a_step_that_needs_all() -> None:
