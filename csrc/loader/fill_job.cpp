@@ -42,9 +42,13 @@ FillJob::FillJob(std::shared_ptr<FillTarget> target, const std::vector<std::stri
   running_ = std::max<std::size_t>(1, std::min(threads, pieces_.size()));
   const std::size_t wanted = running_;
   threads_.reserve(wanted);
+  // They begin together: beside readers that touch memory for the first time, making another thread
+  // takes milliseconds.
+  std::unique_lock lock(mutex_);
   try {
     while (threads_.size() < wanted) threads_.emplace_back([this] { read_pieces(); });
   } catch (...) {
+    lock.unlock();
     join();
     throw;
   }
@@ -64,6 +68,9 @@ void FillJob::cancel() noexcept {
 }
 
 void FillJob::read_pieces() {
+  {
+    const std::lock_guard lock(mutex_);
+  }  // until all threads are there
   std::exception_ptr error;
   try {
     for (std::size_t i = next_++; i < pieces_.size() && !stop_; i = next_++) {

@@ -81,6 +81,13 @@ void FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
     for (std::size_t i = 0; i < pages.size(); ++i) {
       if (!in_place(pages_[pages[i]], pages[i])) demand(pages, i);
     }
+    if (capture_ && !pages.empty()) {  // copies follow each other: after the last, after them all
+      const auto earlier = [&](PageIndex a, PageIndex b) {
+        return pages_[a].load < pages_[b].load;
+      };
+      failed = *std::max_element(pages.begin(), pages.end(), earlier);
+      order_after_load(pages_[failed], stream);
+    }
     for (const PageIndex page : pages) {
       failed = page;
       order_after_load(pages_[page], stream);

@@ -150,15 +150,18 @@ void Streamer::move_cursor() {
 
 Streamer::Batch Streamer::batch_at_cursor(StepTime last, std::size_t most,
                                           const std::vector<bool>& staying) const {
+  // Where pages stay, a load ends before them: a little more, or as little as half, is one range.
+  const bool in_runs = !staying.empty();
+  const std::size_t limit = in_runs ? most + most / 8 : most;
   Batch batch;
   for (Place at = cursor_; at.time <= last; at = {at.time + 1, 0}) {
     const auto& pages = upcoming_.pages[(at.time - 1) % upcoming_.order.size()];
     for (; at.page < pages.size(); ++at.page) {
       const PageIndex page = pages[at.page];
-      if (!staying.empty() && staying[page]) continue;
+      if (in_runs && staying[page]) continue;
       const std::size_t found = batch.pages.size();
       const bool apart = found > 0 && page != batch.pages.back() && page != batch.pages.back() + 1;
-      if (found >= most || (apart && !staying.empty() && 2 * found >= most)) {
+      if (found >= limit || (in_runs && apart && 2 * found >= most)) {
         batch.end = at;
         return batch;
       }

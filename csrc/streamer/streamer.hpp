@@ -131,8 +131,7 @@ class Streamer : private PageObserver {
   /// Goes as far as it can; `begin` meets the error again that stops it.
   void load_ahead() noexcept;
   void move_cursor();
-  /// Up to `most` pages from the cursor on, those that stay left out; where pages stay, half as
-  /// many will do if the next page lies elsewhere.
+  /// About `most` pages from the cursor on, those that stay left out.
   Batch batch_at_cursor(StepTime last, std::size_t most, const std::vector<bool>& staying) const;
   void skip_to(StepTime time);
   void count_ahead(StepTime time);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <set>
@@ -565,29 +566,32 @@ TEST(StreamerManaged, ReadsRightBytesUnderTheCapInEveryOrder) {
 
 TEST(StreamerManaged, LoadsAheadAreTheRunsBetweenWhatStays) {
   constexpr PageIndex kPages = 120;
-  constexpr PageIndex kPeriod = 10;  // eight pages that pass, two that stay
   constexpr std::size_t kBatch = 8;
-  Steps steps = steps_of(kPages, 1);
-  for (std::size_t step = 5; step < steps.size(); step += 7) {
-    steps[step].insert(steps[step].begin(), kBatch);  // a page that stays, as norms lie in
-    if (steps[step][1] <= kBatch) steps[step].erase(steps[step].begin());
-  }
   Pages staying;
-  for (PageIndex page = kBatch; page < kPages; page += kPeriod) {
+  std::map<std::size_t, std::size_t> runs;  // of the others, by their first page
+  for (PageIndex page = 0; page < kPages; page += 2) {
+    const std::size_t run = kBatch - 1 + runs.size() % 3;  // a batch, one less, one more
+    runs.emplace(page, run);
+    page += static_cast<PageIndex>(run);
     staying.insert(staying.end(), {page, page + 1});
   }
+  ASSERT_EQ(staying.back(), kPages - 1);
+  Steps steps = steps_of(kPages, 1);
+  for (std::size_t step = 10; step < steps.size(); step += 7) {
+    steps[step].insert(steps[step].begin(), staying.front());  // as small tensors lie together
+  }
   PagerSetup setup(staying.size() + 6 * kBatch);
-  std::vector<std::size_t> loads;  // by the load thread
-  setup.spy->on_prefetch = [&](std::uintptr_t, std::size_t nbytes, StreamHandle) {
-    loads.push_back(nbytes / kPage);
-  };
+  std::vector<std::pair<std::size_t, std::size_t>> loads;  // first page, count; by the load thread
   const auto region = setup.reserve(kPages);
+  setup.spy->on_prefetch = [&](std::uintptr_t address, std::size_t nbytes, StreamHandle) {
+    const auto start = reinterpret_cast<std::uintptr_t>(region->address());
+    loads.emplace_back((address - start) / kPage, nbytes / kPage);
+  };
   const Bytes bytes = fill(*region, 1);
   region->keep(staying);
   Streaming streaming(region, bytes, steps);
   ASSERT_EQ(region->ahead_batch(), kBatch);
-  streaming.run_pass();
-  streaming.run_pass();
+  for (int pass = 0; pass < 2; ++pass) streaming.run_pass();
   setup.pager->synchronize();
   loads.clear();
   streaming.since();
@@ -595,7 +599,8 @@ TEST(StreamerManaged, LoadsAheadAreTheRunsBetweenWhatStays) {
   setup.pager->synchronize();
   EXPECT_EQ(streaming.since(),
             (std::pair<std::uint64_t, std::uint64_t>{3 * (kPages - staying.size()), 0}));
-  EXPECT_EQ(loads, std::vector<std::size_t>(3 * kPages / kPeriod, kBatch));
+  EXPECT_EQ(loads.size(), 3 * runs.size());
+  for (const auto& [first, count] : loads) EXPECT_EQ(runs[first], count) << first;
 }
 
 TEST(StreamerManaged, TraceHasWhatWasDropped) {
