@@ -347,6 +347,26 @@ TEST(FramesCapture, HasNoEdgesThatFollowFromOthers) {
   setup.spy->stream_synchronize(stream.get());
 }
 
+TEST(FramesCapture, AStepWaitsForTheLastOfItsCopiesOnly) {
+  FramesSetup setup(4, 8);
+  const OwnedStream stream(setup.spy);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(8, 0, 4));
+  region.prepare_capture();
+  region.begin_capture(stream.get());
+  const std::uint64_t records = setup.device->calls()["event_record"];
+  EXPECT_EQ(region.load_ahead({0, 1, 2, 3}), 4U);
+  EXPECT_EQ(setup.device->calls()["event_record"], records + 4);  // one behind each copy
+  const std::uint64_t waits = setup.device->calls()["event_wait"];
+  const std::vector<PageIndex> pages = {0, 1, 2, 3};
+  region.begin(pages, stream.get());
+  EXPECT_EQ(setup.device->calls()["event_wait"], waits + 1);
+  region.end(pages, stream.get());
+  region.end_capture(stream.get());
+  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(setup.loads(), 4U);
+}
+
 TEST(FramesCapture, LateFailureBeforeACaptureIsNotForgotten) {
   FramesSetup setup(2, 2);
   setup.region->arrange(arranged(2, 2, 0));
