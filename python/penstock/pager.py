@@ -354,8 +354,7 @@ class Pager:
             Size in bytes.
         writable
             Whether the device will write to it. A region that is filled once and then only read is
-            evicted without moving a byte: with managed memory, once it was loaded; with frames,
-            what the device writes to such a region is lost.
+            evicted without moving a byte, and what the device writes to it can be lost with that.
 
         Raises
         ------
