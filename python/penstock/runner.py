@@ -7,7 +7,7 @@ and open the tensors that it reads; whatever is read beside goes through the gua
 its own from then on. After a pass the plan is improved (`planning`). What stays is held in place
 (`in_place`): a model that is there as a whole runs freely and has no hooks but on its entry points;
 where a part streams, by a settled plan, only the modules that read it have hooks. Tensors under
-the same cap can have what is held at any time: `give_held`.
+the same cap can have what is held at any time (`giving`).
 
 One model runs in one thread at a time; others wait for their turn. An interrupt (anything that is
 no `Exception`) ends calls without a word of it: those are ended by whoever comes next.
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
@@ -27,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from penstock import _core
 from penstock.binding import Binding
 from penstock.errors import CapExceededError, ScheduleError
+from penstock.giving import Giving
 from penstock.guard import Entry, Guard
 from penstock.hooks import Hooks
 from penstock.in_place import InPlace, choose
@@ -39,12 +37,9 @@ from penstock.observe import ReadObserver
 from penstock.planning import Planning, too_large
 from penstock.steps import Order, Place, Steps
 from penstock.turns import Turn, Turns, is_over
-from penstock.under_way import calls_under_way, frame_of_thread, is_inside_penstock
+from penstock.under_way import calls_under_way, frame_of_thread
 
 __all__ = ["Runner"]
-
-_PATIENCE = 0.05  # seconds that a tensor waits for a model's own work, before it asks others
-_LOOK_AGAIN = 0.001  # seconds
 
 
 class _Call:
@@ -137,8 +132,7 @@ class Runner:
         self._calls: list[_Call] = []
         self.turn = Turn(turns or Turns(), name)
         self._unwinding = False
-        self._gate = threading.RLock()  # while a pass begins or ends, and while others plan
-        self._giving = False  # what is held in place, to others, with the gate locked
+        self.gate = threading.RLock()  # while a pass begins or ends, and while others plan
         self._streams: dict[int, None] = {}  # of calls since something is in place; the last last
         self._thread: threading.Thread | None = None  # of the latest pass
         self._plan_later = False
@@ -153,7 +147,7 @@ class Runner:
         self._changed = False  # in the midst of a pass, back to steps
         self._hooks = Hooks(self._modules, holders)
         self._hook_all()
-        self._room = self._offer_room()
+        self._giving = Giving(self, _HOOKS)
 
     # ---- what others may ask -------------------------------------------------------------------
 
@@ -215,7 +209,7 @@ class Runner:
     def resting(self) -> Iterator[bool]:
         """Have calls wait until the block ends; say whether none is under way."""
         self.unwind()
-        with self._gate:
+        with self.gate:
             yield not self._calls
 
     @property
@@ -240,7 +234,7 @@ class Runner:
             any time, and while it is captured.
         """
         assert isinstance(self.memory, FramesMemory)
-        with self._gate:
+        with self.gate:
             if self.memory.frames_held <= self.memory.frames:
                 return True
             if self._capturing:
@@ -252,70 +246,41 @@ class Runner:
             self.memory.give_up(self.memory.frames_held - self.memory.frames, self._last_first())
             return self.memory.frames_held <= self.memory.frames
 
-    def _offer_room(self) -> list[_core.RoomCallback]:
-        """Have tensors ask for what is held in place, where they share a cap with the model."""
-        if self.memory.pager.hard_cap is None or not isinstance(self.memory, FramesMemory):
-            return []
-        runner = weakref.ref(self)
+    # ---- for who needs what is held in place ---------------------------------------------------
 
-        def offer(idle: bool) -> _core.RoomCallback:
-            def give(nbytes: int) -> int:
-                asked = runner()
-                frame = sys._getframe().f_back
-                return asked.give_held(nbytes, idle=idle, frame=frame) if asked is not None else 0
+    @property
+    def holds(self) -> bool:
+        """Whether anything is held in place."""
+        return self._in_place is not None
 
-            return _core.RoomCallback(self.memory.pager.frames, idle, give)
+    @property
+    def captures(self) -> bool:
+        """Whether a graph is being captured."""
+        return self._capturing
 
-        return [offer(idle) for idle in (True, False)]
+    @property
+    def is_called(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._calls)
 
-    def give_held(self, nbytes: int, *, idle: bool, frame: FrameType | None) -> int:
-        """Give up pages that are held in place, wherever the model is; called by who needs room.
-
-        Steps come back. Modules that are being called have theirs from now on, and what an
-        operation reads just then stays until the next pass.
+    def stop_holding(self, frame: FrameType | None) -> bool:
+        """Go back to running step by step, for a tensor that is about to be made.
 
         Parameters
         ----------
-        idle
-            Whether to do so only if the model is not in use; else, only if it is.
         frame
             What this thread runs.
 
         Returns
         -------
-        int
-            Bytes given up; none where the model does something that cannot be interrupted.
+        bool
+            Whether it does; it cannot where calls are not found among the frames.
         """
-        memory = self.memory
-        assert isinstance(memory, FramesMemory)
-        if self._in_place is None or not memory.gives or memory.active == idle:
-            return 0
-        if not self._gate.acquire(timeout=_PATIENCE):
-            return 0
-        try:
-            if self._in_place is not None and not self._end_holding(frame):
-                return 0
-        finally:
-            self._giving = False
-            self._gate.release()
-        return memory.region_core.give_first(nbytes)
-
-    def _end_holding(self, frame: FrameType | None) -> bool:
-        """Go back to running step by step, for a tensor that is about to be made."""
-        if self._capturing or self.memory.pager.capturing():
-            return False
-        here = threading.get_ident()
-        until = time.monotonic() + _PATIENCE
-        self._giving = True  # from now on others wait where they come to this code
-        while not self._is_left_alone(frame, here):
-            if is_inside_penstock(frame) or time.monotonic() > until:
-                return False
-            time.sleep(_LOOK_AGAIN)
         if not self._calls:
             self._go_by_steps(while_read=True)
             return True
         thread = self.turn.holder
-        if thread == here or thread is None:
+        if thread == threading.get_ident() or thread is None:
             return self._go_by_steps_at(frame)
         own = self._stream
         last = next(reversed(self._streams), own())
@@ -325,20 +290,7 @@ class Runner:
         finally:
             self._stream = own
 
-    def _is_left_alone(self, frame: FrameType | None, here: int) -> bool:
-        """Whether no thread that could change the model's state is inside of this code.
-
-        One that waits at a hook has not begun to.
-
-        Parameters
-        ----------
-        frame, here
-            What this thread runs, and its number.
-        """
-        frames = {**sys._current_frames(), here: frame}
-        runs = self.turn.holder if self._calls else None
-        threads = frames if runs is None else {here, runs}
-        return not any(is_inside_penstock(_past_waiting(frames.get(each))) for each in threads)
+    # ---- back to steps -------------------------------------------------------------------------
 
     def _go_by_steps_here(self) -> None:
         """Go back to running step by step within a call in this thread, if anything is in place."""
@@ -558,8 +510,8 @@ class Runner:
 
     def begin_read(self, entries: Sequence[Entry]) -> object:
         """Make the pages of tensors ready that are read outside of steps."""
-        if self._giving:
-            self._wait_until_given()
+        if self._giving.under_way:
+            self._giving.wait()
         pages = sorted({page for entry in entries for page in entry.pages})
         if not self._in_pass or self._observer is not None or not self.turn.mine:
             try:
@@ -616,8 +568,8 @@ class Runner:
         self._hook({0, *self._orders, *left})
 
     def _enter(self, index: int) -> None:
-        if self._giving:
-            self._wait_until_given()
+        if self._giving.under_way:
+            self._giving.wait()
         frame = _frame_of_call(sys._getframe(2))
         calls = self._calls
         if not self._inside_call():
@@ -630,7 +582,7 @@ class Runner:
         if calls:
             calls.append(call)
         else:
-            with self._gate:
+            with self.gate:
                 calls.append(call)
                 self._thread = threading.current_thread()
             stream = self._stream()
@@ -659,14 +611,9 @@ class Runner:
             bool(last) and not is_over(last[0].frame) and self.turn.holder == threading.get_ident()
         )
 
-    def _wait_until_given(self) -> None:
-        """Wait while what is held in place is given to another thread."""
-        with self._gate:
-            pass
-
     def _leave(self, index: int) -> None:
-        if self._giving:
-            self._wait_until_given()
+        if self._giving.under_way:
+            self._giving.wait()
         calls = self._calls
         if not self._inside_call() and not self.turn.mine:
             return  # it never began, or was ended meanwhile
@@ -686,7 +633,7 @@ class Runner:
         if len(self._calls) > 1:
             self._end_call()
             return
-        with self._gate:
+        with self.gate:
             try:
                 self._end_call()
             finally:
@@ -842,7 +789,7 @@ class Runner:
     def _may_hold(self) -> bool:
         """Whether what stays may be held in place beside tensors that need memory.
 
-        They have it given up (`give_held`); where gradients are taken, too many hold the weights to
+        They have it given up (`giving`); where gradients are taken, too many hold the weights to
         know which are read just then, so there has to be memory enough.
         """
         if not torch.is_grad_enabled() or self.memory.roomy():
@@ -897,16 +844,7 @@ class Runner:
         self._streamer.follow(order.steps, self._steps.pages_in_use(order))
 
 
-_WAIT = Runner._wait_until_given.__code__
 _HOOKS = (Runner._enter.__code__, Runner._leave.__code__)
-
-
-def _past_waiting(frame: FrameType | None) -> FrameType | None:
-    """Return the frame that a hook interrupts, where it is one that waits; else the same."""
-    hook = frame.f_back if frame is not None and frame.f_code is _WAIT else None
-    if hook is None or hook.f_code not in _HOOKS or hook.f_back is None:
-        return frame
-    return hook.f_back.f_back  # of whoever calls the hook
 
 
 def _frame_of_call(frame: FrameType) -> FrameType:
