@@ -25,7 +25,7 @@ PAGE_SIZE = 2 << 20
 FRAME_SIZE = 32 << 20
 """Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
 
-_LINK_SAMPLE = 64 << 20
+_LINK_SAMPLE = 40 << 20
 
 
 def _complete(future: Future[float], work: Callable[[], float]) -> None:
