@@ -258,7 +258,6 @@ void CudaDevice::managed_keep(void* address, std::size_t nbytes, StreamHandle st
                   std::memcpy(static_cast<std::byte*>(address) + offset, buffer, part);
                 });
   cuda_api::mem_prefetch(address, nbytes, info_.ordinal, native(stream));
-  staging_.release();
 }
 
 void CudaDevice::managed_stay(void* address, std::size_t nbytes) {

@@ -126,8 +126,7 @@ class Device {
   virtual double event_elapsed(EventHandle start, EventHandle end) = 0;
 
   // Managed memory: readable at any time; being resident only decides how fast.
-  /// Reserves `nbytes` of managed addresses, none of them resident, aligned to
-  /// kManagedBlock.
+  /// Reserves `nbytes` of managed addresses, none of them resident, aligned to kManagedBlock.
   virtual void* managed_reserve(std::size_t nbytes, Access access) = 0;
   virtual void managed_release(void* address, std::size_t nbytes) = 0;
   /// Puts `nbytes` of a file at `address` without making the range resident. For filling a range,

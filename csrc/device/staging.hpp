@@ -1,6 +1,6 @@
-// A few pinned buffers through which bytes reach memory that the process itself must not touch: a
+// A few pinned buffers through which bytes reach memory that the process itself is not to touch: a
 // caller writes a piece into a buffer, the device copies it on. Buffers are made when they are
-// first needed, and go when the caller says that it is done for now. Thread-safe; callers beyond
+// first needed, and go when the owner says that it is done for now. Thread-safe; callers beyond
 // the number of buffers wait for one.
 #pragma once
 
