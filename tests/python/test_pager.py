@@ -414,6 +414,34 @@ def test_threads_that_want_all_at_once_stay_under_the_cap() -> None:
     assert pager.budget.stats().used == 0
 
 
+# ---- the link ----------------------------------------------------------------------------------
+
+
+def test_link_is_measured_once_and_again_where_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    go_on = threading.Event()
+
+    def measure(device: _core.Device, nbytes: int) -> float:
+        asked.append(nbytes)
+        assert go_on.wait(60)
+        if len(asked) == 1:
+            raise RuntimeError("the link broke")
+        return 5e9
+
+    monkeypatch.setattr(_core, "measure_link_rate", measure)
+    pager = make()
+    first = pager.measure_link()  # on a thread of its own
+    assert pager.measure_link() is first
+    go_on.set()
+    with pytest.raises(RuntimeError, match="the link broke"):
+        first.result(60)
+    assert pager.link_rate == 5e9
+    assert pager.link_rate == 5e9
+    assert len(asked) == 2
+
+
 # ---- fork --------------------------------------------------------------------------------------
 
 FORK = """
