@@ -211,8 +211,8 @@ class MemoryManager:
             if exist_ok and name in self._models:
                 return
             self._require_new(name)
-            self._pager.measure_link()  # while the builder runs
-            module = build_skeleton(module_or_builder)
+            with self._pager.measuring_link():
+                module = build_skeleton(module_or_builder)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -266,6 +267,15 @@ class Pager:
     def link_rate(self) -> float:
         """Bytes per second of copies from pinned memory, measured once."""
         return self.measure_link().result()
+
+    @contextmanager
+    def measuring_link(self) -> Iterator[None]:
+        """Measure `link_rate` beside what the block does, if nobody has; it has been at the end."""
+        measured = self.measure_link()
+        try:
+            yield
+        finally:
+            wait([measured])  # not beside whoever captures a graph next
 
     def measure_link(self) -> Future[float]:
         """Begin to measure `link_rate` on a thread of its own, if nobody has; wait for nothing."""
