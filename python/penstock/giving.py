@@ -69,7 +69,8 @@ class Giving:
     """
 
     def __init__(self, holder: Holder, hooks: tuple[CodeType, ...]) -> None:
-        self._holder = holder
+        self._holder = weakref.ref(holder)  # it has this, and its memory goes with it at once
+        self._gate = holder.gate
         self._hooks = hooks
         self.under_way = False
         """With the holder's gate locked: hooks wait then."""
@@ -92,7 +93,7 @@ class Giving:
 
     def wait(self) -> None:
         """Wait while what is held in place is given to another thread; called by a hook itself."""
-        with self._holder.gate:
+        with self._gate:
             pass
 
     def give(self, nbytes: int, *, idle: bool, frame: FrameType | None) -> int:
@@ -113,33 +114,35 @@ class Giving:
         int
             Bytes given up; none where the model does something that cannot be interrupted.
         """
-        holder, memory = self._holder, self._holder.memory
+        holder = self._holder()
+        if holder is None:
+            return 0
+        memory = holder.memory
         assert isinstance(memory, FramesMemory)
         if not holder.holds or not memory.gives or memory.active == idle:
             return 0
-        if not holder.gate.acquire(timeout=_PATIENCE):
+        if not self._gate.acquire(timeout=_PATIENCE):
             return 0
         try:
-            if holder.holds and not self._have_steps_back(frame):
+            if holder.holds and not self._have_steps_back(holder, frame):
                 return 0
         finally:
             self.under_way = False
-            holder.gate.release()
+            self._gate.release()
         return memory.region_core.give_first(nbytes)
 
-    def _have_steps_back(self, frame: FrameType | None) -> bool:
-        holder = self._holder
+    def _have_steps_back(self, holder: Holder, frame: FrameType | None) -> bool:
         if holder.captures or holder.memory.pager.capturing():
             return False
         until = time.monotonic() + _PATIENCE
         self.under_way = True  # from now on others wait where they come to this code
-        while not self._is_left_alone(frame, threading.get_ident()):
+        while not self._is_left_alone(holder, frame, threading.get_ident()):
             if is_inside_penstock(frame) or time.monotonic() > until:
                 return False
             time.sleep(_LOOK_AGAIN)
         return holder.stop_holding(frame)
 
-    def _is_left_alone(self, frame: FrameType | None, here: int) -> bool:
+    def _is_left_alone(self, holder: Holder, frame: FrameType | None, here: int) -> bool:
         """Whether no thread that could change the model's state is inside of the code that runs it.
 
         One that waits at a hook has not begun to.
@@ -150,7 +153,7 @@ class Giving:
             What this thread runs, and its number.
         """
         frames = {**sys._current_frames(), here: frame}
-        runs = self._holder.turn.holder if self._holder.is_called else None
+        runs = holder.turn.holder if holder.is_called else None
         threads = frames if runs is None else {here, runs}
         return not any(is_inside_penstock(self._past_waiting(frames.get(each))) for each in threads)
 
