@@ -105,13 +105,6 @@ void bind_frames(py::module_& module) {
       .def("arrange", &arrange, py::arg("slots"), py::arg("ring"), without_gil,
            "Say which pages share a frame; a slot of None is a frame of the page's own.")
       .def_property_readonly("frame_count", &FramesRegion::frame_count)
-      .def(
-          "write_back",
-          [](FramesRegion& region, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
-            region.write_back(offset, nbytes, stream_of(stream));
-          },
-          py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
-          "Copy bytes that were written on the device back to the host tier.")
       .def("set_writable", &FramesRegion::set_writable, py::arg("writable"),
            "Copy pages that were in use back to the host tier before they leave their place.")
       .def("set_verify", &FramesRegion::set_verify, py::arg("verify"),

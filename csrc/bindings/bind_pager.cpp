@@ -9,20 +9,6 @@ namespace py = pybind11;
 
 namespace penstock {
 
-namespace {
-
-using Put = void (Device::*)(void* address, const void* source, std::size_t nbytes);
-
-void put(ManagedRegion& region, std::size_t offset, const py::buffer& source, Put how) {
-  const py::buffer_info bytes = source.request();
-  const std::size_t nbytes = contiguous_bytes(bytes);
-  region.check_range(offset, nbytes);
-  const py::gil_scoped_release release;
-  (region.device().*how)(region.address() + offset, bytes.ptr, nbytes);
-}
-
-}  // namespace
-
 void bind_pager(py::module_& module) {
   using Pages = std::vector<PageIndex>;
   const py::call_guard<py::gil_scoped_release> without_gil;
@@ -76,6 +62,13 @@ void bind_pager(py::module_& module) {
            "Whether begin would find the pages in place and nothing to wait for.")
       .def("evict", &Region::evict, py::arg("pages"), without_gil,
            "Drop pages that are not in use; return bytes given back.")
+      .def(
+          "write_back",
+          [](Region& region, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
+            region.write_back(offset, nbytes, stream_of(stream));
+          },
+          py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
+          "Keep what the stream has written to a range in use, where evicting it would lose that.")
       .def("dlpack", &to_dlpack, py::arg("offset"), py::arg("nbytes"),
            "Return a DLPack capsule over a byte range, as unsigned bytes.");
 
@@ -83,25 +76,15 @@ void bind_pager(py::module_& module) {
       module, "ManagedRegion", "A region of managed memory.")
       .def_property_readonly("access", &ManagedRegion::access)
       .def(
-          "fill",
-          [](ManagedRegion& region, std::size_t offset, const py::buffer& source) {
-            put(region, offset, source, &Device::managed_fill);
-          },
-          py::arg("offset"), py::arg("source"),
-          "Copy bytes in before the first page is loaded, making no page resident.")
-      .def(
           "write",
           [](ManagedRegion& region, std::size_t offset, const py::buffer& source) {
-            put(region, offset, source, &Device::managed_write);
+            const py::buffer_info bytes = source.request();
+            const std::size_t nbytes = contiguous_bytes(bytes);
+            const py::gil_scoped_release release;
+            region.write(offset, bytes.ptr, nbytes);
           },
-          py::arg("offset"), py::arg("source"), "Copy bytes in at any time.")
-      .def(
-          "write_back",
-          [](ManagedRegion& region, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
-            region.write_back(offset, nbytes, stream_of(stream));
-          },
-          py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
-          "Keep what the stream has written to a range in use; wait until it is kept.")
+          py::arg("offset"), py::arg("source"),
+          "Copy bytes in, making no page resident; a read-mostly region is filled before it loads.")
       .def(
           "resident_bytes",
           [](ManagedRegion& region) {

@@ -233,15 +233,11 @@ void CudaDevice::managed_read(void* address, const File& file, std::uint64_t off
   });
 }
 
-void CudaDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
+void CudaDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   const SelectDevice selected(info_.ordinal);
   staging_.write(address, nbytes, [&](void* buffer, std::size_t done, std::size_t part) {
     std::memcpy(buffer, static_cast<const std::byte*>(source) + done, part);
   });
-}
-
-void CudaDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
-  std::memcpy(address, source, nbytes);
 }
 
 void CudaDevice::managed_seal(void* address, std::size_t nbytes) {
@@ -253,10 +249,10 @@ void CudaDevice::managed_seal(void* address, std::size_t nbytes) {
 void CudaDevice::managed_keep(void* address, std::size_t nbytes, StreamHandle stream) {
   const SelectDevice selected(info_.ordinal);
   // Written by the process, the bytes are the only ones, and no duplicate is on the device.
-  staging_.read(address, nbytes, stream,
-                [&](const void* buffer, std::size_t offset, std::size_t part) {
-                  std::memcpy(static_cast<std::byte*>(address) + offset, buffer, part);
-                });
+  stream_synchronize(stream);
+  staging_.read(address, nbytes, [&](const void* buffer, std::size_t offset, std::size_t part) {
+    std::memcpy(static_cast<std::byte*>(address) + offset, buffer, part);
+  });
   cuda_api::mem_prefetch(address, nbytes, info_.ordinal, native(stream));
 }
 

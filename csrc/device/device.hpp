@@ -135,8 +135,6 @@ class Device {
   virtual void managed_read(void* address, const File& file, std::uint64_t offset,
                             std::size_t nbytes) = 0;
   /// The same with `nbytes` of host memory.
-  virtual void managed_fill(void* address, const void* source, std::size_t nbytes) = 0;
-  /// Puts `nbytes` of host memory at `address` at any time; none of it need be resident afterwards.
   virtual void managed_write(void* address, const void* source, std::size_t nbytes) = 0;
   /// Declares that the range holds its bytes and will mostly be read; needed once, before the first
   /// prefetch of a kReadMostly range. Filling is many times faster before than after it.

@@ -142,10 +142,6 @@ void FaultyDevice::managed_read(void* address, const File& file, std::uint64_t o
   enter("managed_read");
   inner_->managed_read(address, file, offset, nbytes);
 }
-void FaultyDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
-  enter("managed_fill");
-  inner_->managed_fill(address, source, nbytes);
-}
 void FaultyDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   enter("managed_write");
   inner_->managed_write(address, source, nbytes);

@@ -178,10 +178,6 @@ void HostDevice::managed_read(void* address, const File& file, std::uint64_t off
   managed_.read(address, file, offset, nbytes);
 }
 
-void HostDevice::managed_fill(void* address, const void* source, std::size_t nbytes) {
-  managed_.write(address, source, nbytes);
-}
-
 void HostDevice::managed_write(void* address, const void* source, std::size_t nbytes) {
   managed_.write(address, source, nbytes);
 }

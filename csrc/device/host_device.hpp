@@ -42,7 +42,6 @@ class HostDevice : public Device {
   void managed_release(void* address, std::size_t nbytes) override;
   void managed_read(void* address, const File& file, std::uint64_t offset,
                     std::size_t nbytes) override;
-  void managed_fill(void* address, const void* source, std::size_t nbytes) override;
   void managed_write(void* address, const void* source, std::size_t nbytes) override;
   void managed_seal(void* address, std::size_t nbytes) override;
   void managed_keep(void* address, std::size_t nbytes, StreamHandle stream) override;

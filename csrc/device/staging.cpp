@@ -73,16 +73,15 @@ void Staging::release() noexcept {
   given_.notify_all();
 }
 
-void Staging::for_each_piece(std::size_t nbytes, const StreamHandle* stream, const Piece& run) {
+void Staging::for_each_piece(std::size_t nbytes, const Piece& run) {
   if (nbytes == 0) return;
   const Buffer buffer = take();
-  const StreamHandle used = stream != nullptr ? *stream : buffer.stream;
   try {
     for (std::size_t done = 0; done < nbytes; done += kBufferBytes) {
-      run(buffer.address, used, done, std::min(kBufferBytes, nbytes - done));
+      run(buffer, done, std::min(kBufferBytes, nbytes - done));
     }
   } catch (...) {
-    attempt([&] { device_.stream_synchronize(used); });  // a copy may still use the buffer
+    attempt([&] { device_.stream_synchronize(buffer.stream); });  // a copy may still use the buffer
     give(buffer);
     throw;
   }
@@ -90,19 +89,18 @@ void Staging::for_each_piece(std::size_t nbytes, const StreamHandle* stream, con
 }
 
 void Staging::write(void* target, std::size_t nbytes, const Produce& produce) {
-  for_each_piece(nbytes, nullptr, [&](void* buffer, StreamHandle stream, auto offset, auto part) {
-    produce(buffer, offset, part);
-    in_(static_cast<std::byte*>(target) + offset, buffer, part, stream);
-    device_.stream_synchronize(stream);
+  for_each_piece(nbytes, [&](const Buffer& buffer, std::size_t offset, std::size_t part) {
+    produce(buffer.address, offset, part);
+    in_(static_cast<std::byte*>(target) + offset, buffer.address, part, buffer.stream);
+    device_.stream_synchronize(buffer.stream);
   });
 }
 
-void Staging::read(const void* source, std::size_t nbytes, StreamHandle stream,
-                   const Consume& consume) {
-  for_each_piece(nbytes, &stream, [&](void* buffer, StreamHandle used, auto offset, auto part) {
-    out_(buffer, static_cast<const std::byte*>(source) + offset, part, used);
-    device_.stream_synchronize(used);
-    consume(buffer, offset, part);
+void Staging::read(const void* source, std::size_t nbytes, const Consume& consume) {
+  for_each_piece(nbytes, [&](const Buffer& buffer, std::size_t offset, std::size_t part) {
+    out_(buffer.address, static_cast<const std::byte*>(source) + offset, part, buffer.stream);
+    device_.stream_synchronize(buffer.stream);
+    consume(buffer.address, offset, part);
   });
 }
 

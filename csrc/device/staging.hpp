@@ -40,8 +40,8 @@ class Staging {
   /// Copies `nbytes` to `target`, piece by piece. Blocks until they are there.
   /// @throws what `produce` throws, and errors of the device.
   void write(void* target, std::size_t nbytes, const Produce& produce);
-  /// Copies `nbytes` from `source`, once the work of `stream` is over, piece by piece.
-  void read(const void* source, std::size_t nbytes, StreamHandle stream, const Consume& consume);
+  /// Copies `nbytes` from `source`, piece by piece.
+  void read(const void* source, std::size_t nbytes, const Consume& consume);
 
   /// Gives the buffers back that nobody uses.
   void release() noexcept;
@@ -58,10 +58,8 @@ class Staging {
   void free(const Buffer& buffer) noexcept;
   /// A call whose error has nowhere to go.
   void attempt(const std::function<void()>& call) noexcept;
-  using Piece = std::function<void(void* buffer, StreamHandle stream, std::size_t offset,
-                                   std::size_t nbytes)>;
-  /// @param stream  Null: the buffer's own.
-  void for_each_piece(std::size_t nbytes, const StreamHandle* stream, const Piece& run);
+  using Piece = std::function<void(const Buffer& buffer, std::size_t offset, std::size_t nbytes)>;
+  void for_each_piece(std::size_t nbytes, const Piece& run);
 
   Device& device_;
   Copy in_;

@@ -97,9 +97,9 @@ class FramesRegion : public Region {
   /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.
   std::uint64_t mappings() const;
 
-  /// Copies bytes that were written on the device back to the tier, as work of `stream`; between
-  /// `begin` and `end`. @throws DeviceError where the tier cannot be written.
-  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
+  /// By a copy to the tier, as work of `stream`. @throws DeviceError where the tier cannot be
+  /// written.
+  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
 
   /// Whether pages that were in use are copied back to the tier before they leave their place: then
   /// whatever was written to them stays. @throws DeviceError where the tier cannot be written.

@@ -70,8 +70,8 @@ struct AheadSizes {
 
 class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
  public:
-  /// Bytes that are loaded at once, at most. Two at a time move 0.88 of the link's rate; single
-  /// ranges 0.71 in this size, 0.91 in whole GiB, which need as much room, a third by pages.
+  /// Bytes that are loaded at once, at most. Two at a time move 0.88 of the link's rate or more;
+  /// one at a time 0.71 to 0.89, 0.91 in GiB, which need as much room, a third by pages.
   static constexpr std::size_t kLargestBatch = std::size_t{128} << 20;
 
   /// @param page_size  Bytes of a page; a power of two, at least 4096.

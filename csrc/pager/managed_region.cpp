@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "error/error.hpp"
 #include "pager/managed_pager.hpp"
 
 namespace penstock {
@@ -84,6 +85,16 @@ void ManagedRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHan
   const std::size_t start = offset / kBlock * kBlock;
   const std::size_t end = std::min((offset + nbytes + kBlock - 1) / kBlock * kBlock, reserved_);
   device_->managed_keep(address_ + start, end - start, stream);
+}
+
+void ManagedRegion::write(std::size_t offset, const void* source, std::size_t nbytes) {
+  check_range(offset, nbytes);
+  if (sealed_) {
+    throw ScheduleError(
+        "write: pages of this read-mostly region were loaded; fill it before, or "
+        "reserve a writable one");
+  }
+  device_->managed_write(address_ + offset, source, nbytes);
 }
 
 void ManagedRegion::keep(const std::vector<PageIndex>& pages) {

@@ -3,6 +3,7 @@
 // and the events here are guarded by the pager's lock.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -41,9 +42,11 @@ class ManagedRegion : public Region, public FillTarget {
   std::size_t ahead_batch() const override;
   std::size_t ahead_window() const override;
   RegionStats stats() const override;
-  /// Keeps what `stream` has written to a range in use, which evicting it would lose where the
-  /// region is read-mostly. Blocks the caller.
-  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream);
+  /// Where the region is read-mostly, blocks the caller.
+  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
+  /// Puts bytes in, making no page resident. @throws ScheduleError for a read-mostly region of
+  /// which pages were loaded: it is filled before.
+  void write(std::size_t offset, const void* source, std::size_t nbytes);
 
   void check_range(std::size_t offset, std::size_t nbytes) const override;
   void fill_from(const File& file, std::uint64_t file_offset, std::size_t offset,
@@ -73,7 +76,7 @@ class ManagedRegion : public Region, public FillTarget {
   std::vector<std::uint32_t> asked_;       // by page: unfinished requests to load it ahead
   std::vector<PageIndex> strays_;          // absent pages that are being dropped; ascending
   std::size_t largest_step_ = 0;           // most pages that pass through for one step
-  bool sealed_ = false;                    // touched by the pager's load thread only
+  std::atomic<bool> sealed_{false};        // set by the pager's load thread
   bool room_asked_ = false;                // whether the evict thread is to make room ahead
   std::size_t pending_ = 0;                // requests the pager's threads have not finished
   bool active_ = false;                    // in use: others take its pages only when they must

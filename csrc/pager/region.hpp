@@ -68,6 +68,8 @@ class Region {
   virtual bool settled(const std::vector<PageIndex>& pages) const = 0;
   /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
+  /// Keeps what `stream` has written to a range in use, where evicting it would lose that.
+  virtual void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) = 0;
 
   /// Replaces the schedule: the pages that each step of a pass reads. Its first step is the next.
   virtual void set_schedule(std::vector<std::vector<PageIndex>> steps) = 0;

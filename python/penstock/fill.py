@@ -56,7 +56,7 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
         before = job.total_bytes
         for done in wait(job):
             told(done, total)
-    for done in write_rest(core.fill, placements):
+    for done in write_rest(core.write, placements):
         told(before + done, total)
 
 

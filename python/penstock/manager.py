@@ -356,7 +356,7 @@ class MemoryManager:
         if self._pager.kind == "managed":
             region = self._pager.reserve(nbytes, writable=False)
             managed = ManagedMemory(self._pager, region)
-            return managed.region_core.fill, managed
+            return managed.region_core.write, managed
         remedy = "register the model with its checkpoint, which can be streamed"
         require_budget(nbytes, self._host_budget, "a loaded module, pinned,", remedy)
         tier = self._pager.empty_tier(nbytes)

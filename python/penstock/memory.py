@@ -92,9 +92,9 @@ class ModelMemory(ABC):
     def most_pages(self) -> int:
         """Pages that may be in place at once."""
 
-    @abstractmethod
     def write_back(self, offset: int, nbytes: int, stream: int) -> None:
         """Keep what was written to a range, which is in use."""
+        self.region.core.write_back(offset, nbytes, stream)
 
     @abstractmethod
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -282,10 +282,6 @@ class ManagedMemory(ModelMemory):
     @override
     def _own_stats(self) -> dict[str, Any]:
         return {"system_resident_bytes": self.region_core.resident_bytes()}
-
-    @override
-    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
-        self.region_core.write_back(offset, nbytes, stream)
 
     @override
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
@@ -494,10 +490,6 @@ class FramesMemory(ModelMemory):
     def set_active(self, active: bool) -> None:
         self.active = active
         self.region_core.set_active(active)
-
-    @override
-    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
-        self.region_core.write_back(offset, nbytes, stream)
 
     @override
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:

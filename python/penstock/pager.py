@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -27,13 +27,6 @@ FRAME_SIZE = 32 << 20
 """Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
 
 _LINK_SAMPLE = 40 << 20
-
-
-def _complete(future: Future[float], work: Callable[[], float]) -> None:
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
 
 
 def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device, torch.device]:
@@ -284,9 +277,9 @@ class Pager:
         with self._link_lock:
             rate = self._link_rate
             if rate is None or (rate.done() and rate.exception() is not None):
-                rate = self._link_rate = Future()
-                work = (rate, self._measure_link)
-                threading.Thread(target=_complete, args=work, daemon=True).start()
+                thread = ThreadPoolExecutor(1)
+                rate = self._link_rate = thread.submit(self._measure_link)
+                thread.shutdown(wait=False)
             return rate
 
     def _measure_link(self) -> float:

@@ -210,7 +210,7 @@ class Managed : public DeviceContract {
   void TearDown() override { stream_.reset(); }
 
   void fill(ManagedRange& range, const Bytes& bytes) {
-    device_->managed_fill(range.address(), bytes.data(), bytes.size());
+    device_->managed_write(range.address(), bytes.data(), bytes.size());
     if (range.access() == Access::kReadMostly) {
       device_->managed_seal(range.address(), range.nbytes());
     }
@@ -272,7 +272,8 @@ TEST_P(Managed, WhatIsWrittenAfterAPrefetchOutlivesTheEviction) {
     fill(range, bytes);
     prefetch(range, 0, bytes.size());
     const Bytes update = pattern(1000, 2);
-    device_->managed_write(range.address() + 5000, update.data(), update.size());
+    std::copy(update.begin(), update.end(),
+              reinterpret_cast<unsigned char*>(range.address()) + 5000);
     std::copy(update.begin(), update.end(), bytes.begin() + 5000);
     EXPECT_EQ(read(range.address(), bytes.size()), bytes);
     if (access == Access::kReadWrite) {
@@ -308,7 +309,7 @@ TEST_P(Managed, FileIsReadToAnyPlaceFromAnyOffset) {
   const File file(directory.write("weights", content));
   ManagedRange range(device_, 2 * kUnit, Access::kReadMostly);
   const Bytes background(2 * kUnit, 0xAA);
-  device_->managed_fill(range.address(), background.data(), background.size());
+  device_->managed_write(range.address(), background.data(), background.size());
   device_->managed_read(range.address() + 13, file, 4099, kUnit + 7);
   Bytes expected = background;
   std::copy_n(content.begin() + 4099, kUnit + 7, expected.begin() + 13);

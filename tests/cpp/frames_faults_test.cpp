@@ -2,6 +2,7 @@
 // vanishes, no byte is wrong, and the same region works again.
 #include <gtest/gtest.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -314,56 +315,57 @@ TEST(FramesCapture, PagesThatACaptureLoadsAreNotInPlaceAfterIt) {
   EXPECT_EQ(setup.loads(), 2U + 5U + 1U);
 }
 
-TEST(FramesCapture, HasNoEdgesThatFollowFromOthers) {
-  FramesSetup setup(4, 8);
-  const OwnedStream stream(setup.spy);
-  FramesRegion& region = *setup.region;
-  region.arrange(arranged(8, 0, 4));
-  region.prepare_capture();
-  region.begin_capture(stream.get());
-  auto waits = [&, before = setup.device->calls()["event_wait"]]() mutable {
-    const auto now = setup.device->calls()["event_wait"];
-    return now - std::exchange(before, now);
-  };
-  const auto use = [&](const std::vector<PageIndex>& pages) {
+// Eight pages through a ring of four, while a pass is captured.
+struct FramesCaptured : ::testing::Test {
+  FramesCaptured() {
+    region.arrange(arranged(8, 0, 4));
+    region.prepare_capture();
+    region.begin_capture(stream.get());
+    static_cast<void>(since("event_wait"));
+  }
+  void TearDown() override {
+    region.end_capture(stream.get());
+    setup.spy->stream_synchronize(stream.get());
+  }
+  void use(const std::vector<PageIndex>& pages) {
     region.begin(pages, stream.get());
     region.end(pages, stream.get());
-  };
+  }
+  /// Calls of a function since this was last asked.
+  std::uint64_t since(const std::string& name) {
+    const std::uint64_t now = setup.device->calls()[name];
+    return now - std::exchange(before[name], now);
+  }
+
+  FramesSetup setup{4, 8};
+  OwnedStream stream{setup.spy};
+  FramesRegion& region = *setup.region;
+  std::map<std::string, std::uint64_t> before;
+};
+
+TEST_F(FramesCaptured, HasNoEdgesThatFollowFromOthers) {
   EXPECT_EQ(region.load_ahead({0, 1, 2, 3}), 4U);
   use({3});  // after its load, and so after those before
-  EXPECT_EQ(waits(), 1U);
+  EXPECT_EQ(since("event_wait"), 1U);
   use({0});
   use({1, 2});
-  EXPECT_EQ(waits(), 0U);
+  EXPECT_EQ(since("event_wait"), 0U);
   region.begin({6}, stream.get());  // its load after {1, 2}, and so after {0} and {3}
-  EXPECT_EQ(waits(), 2U);
+  EXPECT_EQ(since("event_wait"), 2U);
   region.end({6}, stream.get());
   use({7});
-  EXPECT_EQ(waits(), 1U);
+  EXPECT_EQ(since("event_wait"), 1U);
   use({4});
   use({2});  // after 6 in its place
-  EXPECT_EQ(waits(), 3U);
-  region.end_capture(stream.get());
-  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(since("event_wait"), 3U);
 }
 
-TEST(FramesCapture, AStepWaitsForTheLastOfItsCopiesOnly) {
-  FramesSetup setup(4, 8);
-  const OwnedStream stream(setup.spy);
-  FramesRegion& region = *setup.region;
-  region.arrange(arranged(8, 0, 4));
-  region.prepare_capture();
-  region.begin_capture(stream.get());
-  const std::uint64_t records = setup.device->calls()["event_record"];
+TEST_F(FramesCaptured, StepWaitsForTheLastOfItsCopiesOnly) {
+  static_cast<void>(since("event_record"));
   EXPECT_EQ(region.load_ahead({0, 1, 2, 3}), 4U);
-  EXPECT_EQ(setup.device->calls()["event_record"], records + 4);  // one behind each copy
-  const std::uint64_t waits = setup.device->calls()["event_wait"];
-  const std::vector<PageIndex> pages = {0, 1, 2, 3};
-  region.begin(pages, stream.get());
-  EXPECT_EQ(setup.device->calls()["event_wait"], waits + 1);
-  region.end(pages, stream.get());
-  region.end_capture(stream.get());
-  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(since("event_record"), 4U);  // one behind each copy
+  use({0, 1, 2, 3});
+  EXPECT_EQ(since("event_wait"), 1U);
   EXPECT_EQ(setup.loads(), 4U);
 }
 

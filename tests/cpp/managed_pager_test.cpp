@@ -481,7 +481,7 @@ TEST(ManagedPager, BytesAreRightAfterAnySequenceAlsoWhereNothingWasBegun) {
         case 3: {
           const Bytes update = pattern(100, random());
           const std::size_t offset = page * kPage + random() % (kPage - 100);
-          setup.device->managed_write(region->address() + offset, update.data(), update.size());
+          std::memcpy(region->address() + offset, update.data(), update.size());
           std::copy(update.begin(), update.end(),
                     bytes.begin() + static_cast<std::ptrdiff_t>(offset));
           break;
@@ -519,6 +519,20 @@ TEST(ManagedPager, WhatWasWrittenIsKeptInWholeBlocksOfAReadMostlyRegion) {
   const auto writable = setup.pager->reserve(kBlock, Access::kReadWrite);
   writable->write_back(0, 100, kCaller);
   EXPECT_TRUE(kept.empty());
+}
+
+TEST(ManagedPager, ReadMostlyRegionIsFilledBeforeItLoads) {
+  PagerSetup setup(4);
+  const Bytes bytes = pattern(100, 1);
+  const auto region = setup.pager->reserve(2 * kPage, Access::kReadMostly);
+  EXPECT_THROW(region->write(2 * kPage - 99, bytes.data(), 100), std::out_of_range);
+  region->write(kPage, bytes.data(), 100);
+  run_step(*setup.pager, *region, {1});
+  EXPECT_EQ(std::memcmp(region->address() + kPage, bytes.data(), 100), 0);
+  EXPECT_THROW(region->write(0, bytes.data(), 100), ScheduleError);
+  const auto writable = setup.pager->reserve(kPage, Access::kReadWrite);
+  run_step(*setup.pager, *writable, {0});
+  EXPECT_NO_THROW(writable->write(0, bytes.data(), 100));
 }
 
 // ---- the rest ----------------------------------------------------------------------------------

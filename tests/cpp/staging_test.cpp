@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "device/faulty_device.hpp"
-#include "device/handles.hpp"
 #include "device/host_device.hpp"
 #include "support/pager_setup.hpp"
 
@@ -47,14 +46,13 @@ struct StagingTest : ::testing::Test {
 };
 
 TEST_F(StagingTest, WritesAndReadsAnySizeInPieces) {
-  const OwnedStream stream(device);
   for (const std::size_t nbytes : {std::size_t{0}, std::size_t{1}, kPiece, 2 * kPiece + 7}) {
     const Bytes bytes = pattern(nbytes, nbytes);
     Bytes target(nbytes);
     staging.write(target.data(), nbytes, from(bytes));
     EXPECT_EQ(target, bytes);
     Bytes back(nbytes);
-    staging.read(target.data(), nbytes, stream.get(),
+    staging.read(target.data(), nbytes,
                  [&](const void* buffer, std::size_t offset, std::size_t part) {
                    std::memcpy(back.data() + offset, buffer, part);
                  });

@@ -155,14 +155,14 @@ def try_every_position(rig: Rig, calls: dict[str, int]) -> dict[str, int]:
 # Calls whose failure nobody is told of, but the figures: what they give back is gone in any case.
 QUIET = {"event_destroy", "event_elapsed", "managed_release", "stream_destroy"}
 # Calls whose failure cannot be got over silently. Those of look-ahead, for example, can.
-LOUD = {"managed_reserve", "managed_read", "managed_fill", "managed_evict"}
+LOUD = {"managed_reserve", "managed_read", "managed_write", "managed_evict"}
 
 
 def test_every_call_may_fail_at_every_position(rig: Rig) -> None:
     calls = calls_of(rig.device, rig.cycle)
     rig.check_output()
     assert {"managed_reserve", "managed_prefetch", "managed_evict", "event_record"} <= calls.keys()
-    assert ("managed_read" in calls) != ("managed_fill" in calls)
+    assert ("managed_read" in calls) != ("managed_write" in calls)
     assert calls["managed_evict"] > 4, "the cap is too large for this test"
     raised = within(300, lambda: try_every_position(rig, calls))
     for name, count in raised.items():
@@ -359,7 +359,7 @@ CALLS = [
     *("event_create", "event_destroy", "event_done", "event_elapsed", "event_record"),
     *("event_synchronize", "event_wait"),
     *("managed_evict", "managed_prefetch", "managed_read", "managed_release", "managed_reserve"),
-    *("managed_fill", "stream_create", "stream_destroy", "stream_synchronize"),
+    *("managed_write", "stream_create", "stream_destroy", "stream_synchronize"),
 ]
 
 
