@@ -7,6 +7,9 @@ from penstock import _core
 
 def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, not skip, without a GPU")
+    parser.addoption(
+        "--all-modules", action="store_true", help="try all cases of torch's lists, not a sample"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -37,6 +37,8 @@ void bind_errors(py::module_& /*module*/) {
             "offset"_a = error.offset);
     } catch (const ScheduleError& error) {
       raise("ScheduleError", error);
+    } catch (const ModelError& error) {
+      raise("ModelError", error);
     } catch (const Error& error) {
       raise("PenstockError", error);
     }

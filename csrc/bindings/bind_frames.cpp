@@ -2,10 +2,8 @@
 
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "bindings/bindings.hpp"
-#include "error/error.hpp"
 #include "frame_pool/frame_pool.hpp"
 #include "pager/frames_region.hpp"
 
@@ -27,58 +25,10 @@ void arrange(FramesRegion& region, const std::vector<std::optional<std::uint32_t
   region.arrange(arrangement);
 }
 
-bool interpreter_ends() {
-#if PY_VERSION_HEX >= 0x030D0000
-  return Py_IsFinalizing() != 0;
-#else
-  return _Py_IsFinalizing() != 0;
-#endif
-}
-
-// Room that Python makes. It is asked on whichever thread needs room, with the GIL, so nobody may
-// hold the GIL while waiting for a lock that others hold while they ask.
-class RoomCallback : public RoomSource {
- public:
-  explicit RoomCallback(py::function give) : give_(std::move(give)) {}
-
-  ~RoomCallback() override {
-    if (interpreter_ends()) {
-      give_.release();
-      return;
-    }
-    const py::gil_scoped_acquire gil;
-    give_ = py::function();
-  }
-
-  std::size_t give_back(std::size_t nbytes) override {
-    if (Py_IsInitialized() == 0 || interpreter_ends()) return 0;
-    const py::gil_scoped_acquire gil;
-    try {
-      return give_(nbytes).cast<std::size_t>();
-    } catch (const py::error_already_set& error) {
-      throw Error(error.what());  // which lives without the GIL
-    }
-  }
-
- private:
-  py::function give_;
-};
-
 }  // namespace
 
 void bind_frames(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> without_gil;
-
-  py::class_<RoomCallback, std::shared_ptr<RoomCallback>>(
-      module, "RoomCallback", "Makes room for others by a function of Python's.")
-      .def(py::init([](FramePool& pool, bool idle, py::function give) {
-             auto source = std::make_shared<RoomCallback>(std::move(give));
-             pool.add_source(source, idle ? RoomRank::kCachedFrames : RoomRank::kInPlace);
-             return source;
-           }),
-           py::arg("pool"), py::arg("idle"), py::arg("give"),
-           "Have it called with a number of bytes, to return how many it gave: early, for what "
-           "nobody uses, or after models that run by steps.");
 
   py::class_<FramePool, std::shared_ptr<FramePool>>(
       module, "FramePool", "Makes frames of device memory, under a budget. Thread-safe.")
@@ -132,8 +82,6 @@ void bind_frames(py::module_& module) {
           "Order a replay after all other uses, if pages are where they were.")
       .def_property_readonly("mappings", &FramesRegion::mappings,
                              "Grows whenever a page is mapped elsewhere.")
-      .def("give_first", &FramesRegion::give_first, py::arg("nbytes"), without_gil,
-           "Give back what others would be given first; return the bytes given back.")
       .def("set_protected", &FramesRegion::set_protected, py::arg("is_protected"), without_gil,
            "Say whether nothing is given to others.")
       .def("set_active", &FramesRegion::set_active, py::arg("active"), without_gil,

@@ -62,15 +62,15 @@ void bind_pager(py::module_& module) {
            "Whether begin would find the pages in place and nothing to wait for.")
       .def("evict", &Region::evict, py::arg("pages"), without_gil,
            "Drop pages that are not in use; return bytes given back.")
+      .def("flush", &Region::flush, without_gil,
+           "Have all that was written where the host reads it; return when it is there.")
       .def(
-          "write_back",
-          [](Region& region, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
-            region.write_back(offset, nbytes, stream_of(stream));
+          "dlpack",
+          [](std::shared_ptr<Region> region, std::size_t offset, std::size_t nbytes) {
+            return to_dlpack(std::move(region), offset, nbytes);
           },
-          py::arg("offset"), py::arg("nbytes"), py::arg("stream") = 0, without_gil,
-          "Keep what the stream has written to a range in use, where evicting it would lose that.")
-      .def("dlpack", &to_dlpack, py::arg("offset"), py::arg("nbytes"),
-           "Return a DLPack capsule over a byte range, as unsigned bytes.");
+          py::arg("offset"), py::arg("nbytes"),
+          "Return a DLPack capsule over a byte range, as unsigned bytes.");
 
   py::class_<ManagedRegion, Region, FillTarget, std::shared_ptr<ManagedRegion>>(
       module, "ManagedRegion", "A region of managed memory.")

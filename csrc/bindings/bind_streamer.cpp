@@ -9,7 +9,6 @@ namespace py = pybind11;
 namespace penstock {
 
 void bind_streamer(py::module_& module) {
-  using Pages = std::vector<PageIndex>;
   const py::call_guard<py::gil_scoped_release> without_gil;
 
   py::native_enum<SpanKind>(module, "SpanKind", "enum.Enum", "What took time.")
@@ -72,19 +71,6 @@ void bind_streamer(py::module_& module) {
           },
           py::arg("step"), py::arg("stream") = 0, without_gil,
           "Let go of a step's pages once the stream's work so far has run.")
-      .def(
-          "begin_pages",
-          [](Streamer& streamer, const Pages& pages, std::uintptr_t stream) {
-            streamer.begin_pages(pages, stream_of(stream));
-          },
-          py::arg("pages"), py::arg("stream") = 0, without_gil,
-          "The same as begin for pages that are read outside the steps.")
-      .def(
-          "end_pages",
-          [](Streamer& streamer, const Pages& pages, std::uintptr_t stream) {
-            streamer.end_pages(pages, stream_of(stream));
-          },
-          py::arg("pages"), py::arg("stream") = 0, without_gil)
       .def("prefetch", &Streamer::prefetch, without_gil, "Load ahead as far as there is room.")
       .def("set_capturing", &Streamer::set_capturing, py::arg("capturing"), without_gil)
       .def("set_trace", &Streamer::set_trace, py::arg("trace"), without_gil,

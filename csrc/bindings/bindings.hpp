@@ -36,6 +36,7 @@ void bind_frames(pybind11::module_& module);
 void bind_allocator(pybind11::module_& module);
 void bind_outside(pybind11::module_& module);
 void bind_streamer(pybind11::module_& module);
+void bind_paging(pybind11::module_& module);
 void bind_loader(pybind11::module_& module);
 
 }  // namespace penstock

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_core, module) {
   penstock::bind_allocator(module);
   penstock::bind_outside(module);
   penstock::bind_streamer(module);
+  penstock::bind_paging(module);
 }

@@ -44,6 +44,7 @@ struct Exported {
   std::int64_t shape = 0;
   std::int64_t stride = 1;
   std::shared_ptr<Region> region;
+  std::shared_ptr<void> owner;
 };
 
 void delete_exported(DLManagedTensor* tensor) {
@@ -59,7 +60,8 @@ void delete_capsule(PyObject* capsule) {
 
 }  // namespace
 
-py::capsule to_dlpack(std::shared_ptr<Region> region, std::size_t offset, std::size_t nbytes) {
+py::capsule to_dlpack(std::shared_ptr<Region> region, std::size_t offset, std::size_t nbytes,
+                      std::shared_ptr<void> owner) {
   if (nbytes == 0) throw std::invalid_argument("a tensor without bytes has no place in a region");
   static_cast<void>(region->pages_of(offset, nbytes));  // throws outside the region
   const DeviceInfo device = region->device().info();
@@ -73,6 +75,7 @@ py::capsule to_dlpack(std::shared_ptr<Region> region, std::size_t offset, std::s
   tensor.shape = &exported->shape;
   tensor.strides = &exported->stride;
   exported->region = std::move(region);
+  exported->owner = std::move(owner);
   exported->managed.manager_ctx = exported.get();
   exported->managed.deleter = delete_exported;
   py::capsule capsule(static_cast<const void*>(&exported->managed), "dltensor", delete_capsule);

@@ -17,6 +17,8 @@ namespace penstock {
 /// A capsule named "dltensor" over `nbytes` at `offset` of `region`, as unsigned bytes on its
 /// device.
 /// @throws std::out_of_range outside the region, std::invalid_argument for no bytes at all.
-pybind11::capsule to_dlpack(std::shared_ptr<Region> region, std::size_t offset, std::size_t nbytes);
+/// @param owner  Kept alive, too.
+pybind11::capsule to_dlpack(std::shared_ptr<Region> region, std::size_t offset, std::size_t nbytes,
+                            std::shared_ptr<void> owner = nullptr);
 
 }  // namespace penstock

@@ -52,6 +52,12 @@ class ScheduleError : public Error {
   using Error::Error;
 };
 
+/// A model that cannot be used as it was.
+class ModelError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// Builds a DeviceError for a failed system call from errno.
 DeviceError system_error(const std::string& call, int saved_errno);
 

@@ -25,7 +25,6 @@ namespace penstock {
 enum class RoomRank : std::uint8_t {
   kCachedFrames,  ///< Frames that nobody uses.
   kResidentSet,   ///< Pages that would have to be loaded in every pass.
-  kInPlace,       ///< The same of models that have no steps now, and go back to them.
   kRing,          ///< Frames that pages stream through: fewer of them stall the stream.
   kOverflow,      ///< Whatever is left.
 };

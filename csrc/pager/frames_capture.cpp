@@ -74,10 +74,15 @@ void FramesRegion::order_before_replay(StreamHandle stream) {
     return;
   }
   if (replayed_) device_->event_wait(stream, replay_end()->get());
+  for (PageIndex page = 0; page < pages_.size(); ++page) {  // the graph loads them from the tier
+    if (!pages_[page].dirty) continue;
+    order_after_readers(page, 1);
+    copy_back(page);
+  }
   const Event copied = events_.record(copies_.get());
   device_->event_wait(stream, copied->get());
   for (Place& place : places_) {
-    for (const auto& reader : place.readers) device_->event_wait(stream, reader.event->get());
+    for (Use& reader : place.readers) device_->event_wait(stream, event_of(reader)->get());
   }
   forget_shared();
 }

@@ -168,8 +168,8 @@ void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIn
 void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
   if (!fenced_) device_->event_wait(copies_.get(), replay_end()->get());
   fenced_ = true;
-  const Uses uses = uses_to_await(first, count);
-  for (const Use& use : uses) device_->event_wait(copies_.get(), use.event->get());
+  Uses uses = uses_to_await(first, count);
+  for (Use& use : uses) device_->event_wait(copies_.get(), event_of(use)->get());
   for (std::size_t i = 0; i < count; ++i) places_[pages_[first + i].place].readers.clear();
   // On the host a stream passes on what it waited for: a reader's failure, which is not the copy's.
   // It goes with this record, which nobody asks.
@@ -179,7 +179,8 @@ void FramesRegion::order_after_readers(PageIndex first, std::size_t count) {
 FramesRegion::Uses FramesRegion::uses_to_await(PageIndex first, std::size_t count) {
   Uses uses;
   for (std::size_t i = 0; i < count; ++i) {
-    for (const Use& use : places_[pages_[first + i].place].readers) {
+    for (Use& use : places_[pages_[first + i].place].readers) {
+      static_cast<void>(event_of(use));
       if (capture_) {
         note(uses, use);  // later work of a stream is ordered after its earlier
         continue;

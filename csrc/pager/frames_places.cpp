@@ -1,6 +1,7 @@
 // How a frames region changes what is mapped where: taking and giving up frames, arranging pages on
 // them, moving a page that is demanded where its place is in use.
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <optional>
 #include <stdexcept>
@@ -39,9 +40,17 @@ void FramesRegion::quiesce(PageIndex index) {
   Page& page = pages_[index];
   if (page.ready && !wait_until_over(*device_, page.ready)) forget(index);
   page.ready.reset();
-  for (const auto& reader : page.readers) wait_until_over(*device_, reader.event);
+  for (Use& reader : page.readers) wait_until_over(*device_, event_of(reader));
   if (replayed_) wait_until_over(*device_, replay_end());
-  if (copy_back(index)) device_->stream_synchronize(copies_.get());
+  const bool written = copy_back(index);
+  if (!page.copied_back) return;
+  page.copied_back = false;
+  try {
+    device_->stream_synchronize(copies_.get());
+  } catch (...) {
+    if (written) page.dirty = true;
+    throw;
+  }
 }
 
 void FramesRegion::settle_copies() noexcept {
@@ -142,8 +151,14 @@ void FramesRegion::require_idle(const char* what) const {
   }
 }
 
+void FramesRegion::wait_for_idle(std::unique_lock<std::mutex>& lock) {
+  // Operations hold pages while the host issues them; a pass of several threads has gaps.
+  constexpr std::chrono::milliseconds kPatience{500};
+  idle_.wait_for(lock, kPatience, [&] { return pins_ == 0; });
+}
+
 void FramesRegion::arrange(const Arrangement& wanted) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   if (wanted.slot.size() != pages_.size()) {
     throw std::invalid_argument("arrange: " + std::to_string(wanted.slot.size()) + " slots for " +
                                 std::to_string(pages_.size()) + " pages");
@@ -157,6 +172,7 @@ void FramesRegion::arrange(const Arrangement& wanted) {
                                   std::to_string(wanted.ring));
     }
   }
+  wait_for_idle(lock);
   require_idle("arrange");
 
   const std::size_t needed = own + wanted.ring;

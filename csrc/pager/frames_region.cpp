@@ -37,6 +37,7 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
 FramesRegion::~FramesRegion() {
   const std::lock_guard lock(mutex_);
   writable_ = false;  // nobody can read it any more
+  for (Page& page : pages_) page.dirty = false;
   settle_copies();
   for (PageIndex page = 0; page < pages_.size(); ++page) {
     if (pages_[page].place == kNowhere) continue;
@@ -60,11 +61,10 @@ void FramesRegion::check_pages(const std::vector<PageIndex>& pages) const {
   }
 }
 
-void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
+bool FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
   for (std::size_t lacked = 0;; ++lacked) {
     try {
-      begin_pages(pages, stream);
-      return;
+      return begin_pages(pages, stream);
     } catch (const CapExceededError& error) {
       // A frame at a time, so that others lose no more than is lacking.
       if (lacked == pages.size() || !pool_->make_room(error.requested, nullptr)) throw;
@@ -72,10 +72,30 @@ void FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
   }
 }
 
-void FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
+bool FramesRegion::begin_in_place(const std::vector<PageIndex>& pages) {
+  const std::lock_guard lock(mutex_);
+  if (!arranged_ || capture_) return false;
+  const bool settled = std::all_of(pages.begin(), pages.end(), [&](PageIndex index) {
+    const Page& page = pages_.at(index);
+    return in_place(page, index) && !page.ready && places_[page.place].pages.size() == 1;
+  });
+  if (!settled) return false;
+  ++uses_;
+  for (const PageIndex index : pages) {
+    Page& page = pages_[index];
+    ++page.pins;
+    page.last_use = uses_;
+    page.used = true;
+  }
+  pins_ += pages.size();
+  return true;
+}
+
+bool FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   for (const PageIndex page : pages) ++pages_[page].pins;  // so that none makes room for another
+  pins_ += pages.size();
   PageIndex failed = kNobody;
   try {
     for (std::size_t i = 0; i < pages.size(); ++i) {
@@ -98,10 +118,14 @@ void FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
     throw;
   }
   ++uses_;
-  for (const PageIndex page : pages) {
-    pages_[page].last_use = uses_;
-    pages_[page].used = true;
+  bool shares = !arranged_ && !pages.empty();
+  for (const PageIndex index : pages) {
+    Page& page = pages_[index];
+    page.last_use = uses_;
+    page.used = true;
+    shares = shares || places_[page.place].pages.size() > 1;
   }
+  return shares;
 }
 
 void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
@@ -130,13 +154,27 @@ void FramesRegion::note(Uses& uses, const Use& use) {
   uses.push_back(use);
 }
 
+const Event& FramesRegion::event_of(Use& use) {
+  if (use.event) return use.event;
+  StreamEnd& end = stream_ends_[use.stream];
+  if (!end.event || end.number < use.number) {
+    end.event = events_.record({use.stream});
+    end.number = uses_;
+  }
+  use.event = end.event;
+  return use.event;
+}
+
 void FramesRegion::unpin(const std::vector<PageIndex>& pages) {
   for (const PageIndex page : pages) --pages_[page].pins;
+  pins_ -= pages.size();
+  if (pins_ == 0) idle_.notify_all();
 }
 
 void FramesRegion::forget(PageIndex index) {
   const Page& page = pages_[index];
-  if (page.pins == 0 && in_place(page, index)) places_[page.place].owner = kNobody;
+  if (page.pins > 0 || page.dirty || !in_place(page, index)) return;
+  places_[page.place].owner = kNobody;
 }
 
 void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
@@ -149,20 +187,10 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     for (++i; i > 0; --i) ++pages_[pages[i - 1]].pins;
     throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
   }
-  Event use;
-  try {
-    use = events_.record(stream);
-  } catch (...) {
-    // No event to remember the readers by: wait for them here. `stream` belongs to the device that
-    // just failed, whose error says more than a second one.
-    try {
-      device_->stream_synchronize(stream);
-    } catch (const std::exception& second) {
-      device_->suppress(second.what());
-    }
-    throw;
-  }
-  const Use last{stream.value, use, ++uses_};
+  pins_ -= pages.size();
+  if (pins_ == 0) idle_.notify_all();
+  Use last{stream.value, ++uses_, nullptr};
+  if (capture_) last.event = events_.record(stream);  // of the graph, at this place
   for (const PageIndex index : pages) {
     Page& page = pages_[index];
     note(page.readers, last);
@@ -200,22 +228,52 @@ void FramesRegion::advance(StepIndex step) {
 
 // ---- writing back ------------------------------------------------------------------------------
 
-void FramesRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
+void FramesRegion::require_writable() const {
+  static_cast<void>(writable_tier());
+}
+
+void FramesRegion::note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
   const std::vector<PageIndex> touched = pages_of(offset, nbytes);
   const std::lock_guard lock(mutex_);
   std::byte* target = writable_tier();
   for (const PageIndex page : touched) {
     if (pages_[page].pins > 0 && in_place(pages_[page], page)) continue;
-    throw ScheduleError("write_back: page " + std::to_string(page) + " is not in use");
+    throw ScheduleError("note_write: page " + std::to_string(page) + " is not in use");
   }
-  device_->copy(target + offset, address_ + offset, nbytes, stream);
-  stats_.written_back_bytes += nbytes;
+  if (capture_) {  // each replay writes again
+    device_->copy(target + offset, address_ + offset, nbytes, stream);
+    stats_.written_back_bytes += nbytes;
+    return;
+  }
+  const Use last{stream.value, ++uses_, nullptr};
+  for (const PageIndex page : touched) {
+    pages_[page].dirty = true;
+    note(pages_[page].readers, last);
+    note(places_[pages_[page].place].readers, last);
+  }
+}
+
+void FramesRegion::flush() {
+  const std::lock_guard lock(mutex_);
+  std::vector<PageIndex> copied;
+  for (PageIndex page = 0; page < pages_.size(); ++page) {
+    if (!pages_[page].dirty) continue;
+    order_after_readers(page, 1);
+    if (copy_back(page)) copied.push_back(page);
+  }
+  if (copied.empty()) return;
+  try {
+    device_->stream_synchronize(copies_.get());
+  } catch (...) {
+    for (const PageIndex page : copied) pages_[page].dirty = true;
+    throw;
+  }
 }
 
 std::byte* FramesRegion::writable_tier() const {
   std::byte* address = tier_->address();
   if (address == nullptr) {
-    throw DeviceError("write_back", 0,
+    throw DeviceError("note_write", 0,
                       "weights were written to, but host tier \"" + tier_->kind() +
                           "\" cannot keep that: use host=\"pinned\"");
   }
@@ -223,12 +281,15 @@ std::byte* FramesRegion::writable_tier() const {
 }
 
 bool FramesRegion::copy_back(PageIndex page) {
-  if (!writable_ || !pages_[page].used || !in_place(pages_[page], page)) return false;
-  const Event& ready = pages_[page].ready;
-  if (ready && !wait_until_over(*device_, ready)) return false;  // never loaded
+  const bool written = pages_[page].dirty || (writable_ && pages_[page].used);
+  if (!written || !in_place(pages_[page], page)) return false;
+  const Event& ready = pages_[page].ready;  // before what was written, if that was said
+  if (ready && !pages_[page].dirty && !wait_until_over(*device_, ready)) return false;
   const std::size_t start = std::size_t{page} * page_size_;
   const std::size_t nbytes = std::min(page_size_, nbytes_ - start);
   device_->copy(writable_tier() + start, address_of(page), nbytes, copies_.get());
+  pages_[page].dirty = false;
+  pages_[page].copied_back = true;
   stats_.written_back_bytes += nbytes;
   return true;
 }

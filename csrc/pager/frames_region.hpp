@@ -21,13 +21,13 @@
 // first, then frames of the ring down to what the largest step needs. Pages that lose their frame
 // are demanded when they are needed, until `arrange` says anew how to share what is left.
 //
-// Bytes come from a host tier, and dirty ones go back to it: by `write_back` where somebody knows
-// which they are, or with every page that leaves its place (`set_writable`). Thread-safe; the host
-// waits for the device only in `arrange`, `evict`, and demands that need another mapping, and for
-// the tier where its bytes are still being read.
+// Bytes come from a host tier, and pages that were written to go back to it before they leave their
+// place. Thread-safe; the host waits for the device only in `arrange`, `evict`, `flush`, and
+// demands that need another mapping, and for the tier where its bytes are still being read.
 #pragma once
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -71,7 +71,8 @@ class FramesRegion : public Region {
   /// Waits for all work that was given to the device, and gives the frames back.
   ~FramesRegion() override;
 
-  void begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  bool begin_in_place(const std::vector<PageIndex>& pages) override;
   void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   bool settled(const std::vector<PageIndex>& pages) const override;
   std::size_t evict(const std::vector<PageIndex>& pages) override;
@@ -83,26 +84,25 @@ class FramesRegion : public Region {
   RegionStats stats() const override;
 
   /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
+  /// Waits a moment for pages that are in use.
   /// @throws CapExceededError where the cap does not allow so many frames, ScheduleError where
-  ///         pages are in use; nothing has changed then.
+  ///         pages stay in use; nothing has changed then.
   void arrange(const Arrangement& arrangement);
   std::size_t frame_count() const;
   /// Whether the model is in use; one that is not gives everything back when others need it.
   void set_active(bool active);
-  /// Gives back what others would be given first, as far as it is not in use: pages of the resident
-  /// set, or any where nobody uses the model. @return bytes given back.
-  std::size_t give_first(std::size_t nbytes);
   /// Whether nothing is given to others.
   void set_protected(bool is_protected);
   /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.
   std::uint64_t mappings() const;
 
-  /// By a copy to the tier, as work of `stream`. @throws DeviceError where the tier cannot be
-  /// written.
-  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
+  void require_writable() const override;
+  /// The pages are copied to the tier before they leave their place.
+  void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
+  void flush() override;
 
-  /// Whether pages that were in use are copied back to the tier before they leave their place: then
-  /// whatever was written to them stays. @throws DeviceError where the tier cannot be written.
+  /// Whether all pages that were in use count as written to, for who cannot say which were.
+  /// @throws DeviceError where the tier cannot be written.
   void set_writable(bool writable);
 
   /// Whether every load is compared with its source, and pages are overwritten once they were used.
@@ -134,10 +134,17 @@ class FramesRegion : public Region {
   static constexpr PlaceIndex kNowhere = std::numeric_limits<PlaceIndex>::max();
   static constexpr PageIndex kNobody = std::numeric_limits<PageIndex>::max();
 
+  /// The event behind a use is recorded when somebody has to wait for it, or for a later one of its
+  /// stream: most uses are of pages that stay, and nobody ever does. So a stream has to outlive the
+  /// pages that it used.
   struct Use {
     void* stream;
-    Event event;
     std::uint64_t number;  // ascending in time
+    Event event;           // null: not recorded yet
+  };
+  struct StreamEnd {
+    std::uint64_t number = 0;  // of the last use that the event is behind
+    Event event;
   };
   using Uses = std::vector<Use>;
 
@@ -149,6 +156,8 @@ class FramesRegion : public Region {
     std::uint64_t load = 0;      // number of the last
     std::uint64_t last_use = 0;  // or load
     bool used = false;           // since it was loaded
+    bool dirty = false;          // the tier does not have what was written to it
+    bool copied_back = false;    // maybe still, through its addresses
   };
   struct Place {
     Frame frame;
@@ -172,7 +181,7 @@ class FramesRegion : public Region {
 
   FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<HostTier> tier);
 
-  void begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
+  bool begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
 
   class Room;  // a source of room
   static void offer_room(const std::shared_ptr<FramesRegion>& region);
@@ -214,6 +223,9 @@ class FramesRegion : public Region {
   Uses uses_to_await(PageIndex first, std::size_t count);
   /// Remembers the last use on each stream.
   static void note(Uses& uses, const Use& use);
+  /// An event behind a use.
+  const Event& event_of(Use& use);
+  void wait_for_idle(std::unique_lock<std::mutex>& lock);
   void forget_shared();
   const Event& replay_end();
   void order_before_replay(StreamHandle stream);
@@ -250,6 +262,8 @@ class FramesRegion : public Region {
   AddressRange memory_;
 
   mutable std::mutex mutex_;
+  std::condition_variable idle_;  // no page is in use
+  std::size_t pins_ = 0;          // of all pages
   std::vector<Page> pages_;
   std::vector<Place> places_;
   bool arranged_ = false;
@@ -268,6 +282,7 @@ class FramesRegion : public Region {
   Schedule schedule_;
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;
+  std::unordered_map<void*, StreamEnd> stream_ends_;
   FramesStats stats_;
 
   bool waits_pass_errors_;

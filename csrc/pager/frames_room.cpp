@@ -63,11 +63,6 @@ std::size_t FramesRegion::give_back(RoomRank rank, std::size_t nbytes) {
   return drop_empty_places();
 }
 
-std::size_t FramesRegion::give_first(std::size_t nbytes) {
-  const std::size_t given = give_back(RoomRank::kCachedFrames, nbytes);
-  return given > 0 ? given : give_back(RoomRank::kResidentSet, nbytes);
-}
-
 std::vector<FramesRegion::PlaceIndex> FramesRegion::places_to_give(RoomRank rank) const {
   if ((rank == RoomRank::kCachedFrames) == active_) return {};
   const bool all = rank == RoomRank::kCachedFrames;

@@ -157,7 +157,14 @@ AheadSizes ManagedPager::sizes_of(const ManagedRegion& region) const {
   // Beside what is ahead: the pages of the step that runs, and a batch that is being evicted. The
   // last batch is asked for below the window, and ends beyond it.
   const std::size_t taken = std::max(batch, region.largest_step_) + batch - 1;
-  return {batch, room > taken ? room - taken : 1};
+  const std::size_t window = room > taken ? room - taken : 1;
+  // What stays takes none of that room, and is asked for ahead until it is there.
+  std::size_t missing = 0;
+  for (std::size_t i = 0; i < region.page_count(); ++i) {
+    const auto page = static_cast<PageIndex>(i);
+    if (region.table_.kept(page) && region.table_.state(page) != PageState::kResident) ++missing;
+  }
+  return {batch, window + std::min(missing, usable)};
 }
 
 CapExceededError ManagedPager::refusal(const ManagedRegion& region, std::size_t nbytes) const {

@@ -36,8 +36,9 @@ std::size_t ManagedRegion::page_nbytes(PageIndex page) const noexcept {
   return std::min(page_size_, reserved_ - start);
 }
 
-void ManagedRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
+bool ManagedRegion::begin(const std::vector<PageIndex>& pages, StreamHandle stream) {
   pager_->begin(*this, pages, stream);
+  return true;
 }
 
 void ManagedRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream) {
@@ -77,7 +78,7 @@ std::size_t ManagedRegion::ahead_window() const {
   return pager_->ahead_sizes(*this).window;
 }
 
-void ManagedRegion::write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
+void ManagedRegion::note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
   check_range(offset, nbytes);
   if (access_ == Access::kReadWrite || nbytes == 0) return;
   // By whole blocks: what else was written to them would be lost with the duplicate.

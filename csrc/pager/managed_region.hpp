@@ -29,7 +29,7 @@ class ManagedRegion : public Region, public FillTarget {
   /// Bytes of one page: the page size, but for a shorter last page, in whole system pages.
   std::size_t page_nbytes(PageIndex page) const noexcept;
 
-  void begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
+  bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   bool settled(const std::vector<PageIndex>& pages) const override;
   std::size_t evict(const std::vector<PageIndex>& pages) override;
@@ -42,8 +42,10 @@ class ManagedRegion : public Region, public FillTarget {
   std::size_t ahead_batch() const override;
   std::size_t ahead_window() const override;
   RegionStats stats() const override;
+  void require_writable() const override {}
   /// Where the region is read-mostly, blocks the caller.
-  void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
+  void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
+  void flush() override {}  // what was written is where it was written
   /// Puts bytes in, making no page resident. @throws ScheduleError for a read-mostly region of
   /// which pages were loaded: it is filled before.
   void write(std::size_t offset, const void* source, std::size_t nbytes);

@@ -60,16 +60,24 @@ class Region {
   std::vector<PageIndex> pages_of(std::size_t start, std::size_t nbytes) const;
 
   /// Brings pages in and orders `stream` after that.
+  /// @return whether any of them gives way to others when it is let go of.
   /// @throws CapExceededError where they do not fit beside what is in use; nothing is held then.
-  virtual void begin(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
+  virtual bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
+  /// The same where all of the pages are in place, with nothing to wait for, and to stay there.
+  /// @return whether they are; if not, nothing has happened.
+  virtual bool begin_in_place(const std::vector<PageIndex>& /*pages*/) { return false; }
   /// Lets go of pages once the work given to `stream` so far has run.
   virtual void end(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
   /// Whether `begin` would find the pages in place and nothing to wait for.
   virtual bool settled(const std::vector<PageIndex>& pages) const = 0;
   /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
-  /// Keeps what `stream` has written to a range in use, where evicting it would lose that.
-  virtual void write_back(std::size_t offset, std::size_t nbytes, StreamHandle stream) = 0;
+  /// To be asked before pages are written to. @throws DeviceError where that could not be kept.
+  virtual void require_writable() const = 0;
+  /// Says that the work of `stream` so far has written to a range that is in use: it is kept.
+  virtual void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) = 0;
+  /// Has all that was written where the host reads it; returns when it is there.
+  virtual void flush() = 0;
 
   /// Replaces the schedule: the pages that each step of a pass reads. Its first step is the next.
   virtual void set_schedule(std::vector<std::vector<PageIndex>> steps) = 0;

@@ -21,13 +21,8 @@ Streamer::Streamer(std::shared_ptr<Region> region)
 
 Streamer::~Streamer() {
   region_->drop_observer(this);
-  end_open();
-}
-
-void Streamer::end_open() noexcept {
-  while (!open_.empty()) {
-    const Open step = std::move(open_.back());
-    open_.pop_back();
+  for (; !open_.empty(); open_.pop_back()) {
+    const Open& step = open_.back();
     end_range(step.range);
     try {
       region_->end(*step.pages, step.stream);
@@ -78,6 +73,7 @@ void Streamer::skip_to(StepTime time) {
   cursor_ = {time, 0};
   ahead_.clear();
   pages_ahead_ = 0;
+  blocked_ = false;
 }
 
 void Streamer::count_ahead(StepTime time) {
@@ -87,6 +83,12 @@ void Streamer::count_ahead(StepTime time) {
 }
 
 void Streamer::move_to(StepId id) {
+  const std::size_t expected = upcoming_.order.empty() ? 0 : now_ % upcoming_.order.size();
+  if (!upcoming_.order.empty() && upcoming_.order[expected] == id) {
+    region_->advance(static_cast<StepIndex>(expected));
+    come_to(now_ + 1);
+    return;
+  }
   const auto found = upcoming_.places.find(id);
   if (found == upcoming_.places.end()) {
     ++unscheduled_;
@@ -142,6 +144,7 @@ void Streamer::move_cursor() {
     for (std::size_t i = 0; i < taken; ++i) count_ahead(batch.places[i].time);
     if (taken < batch.pages.size()) {  // as far as it came
       cursor_ = batch.places[taken];
+      blocked_ = true;
       return;
     }
     cursor_ = batch.end;
@@ -175,6 +178,7 @@ Streamer::Batch Streamer::batch_at_cursor(StepTime last, std::size_t most,
 
 void Streamer::prefetch() {
   const std::lock_guard lock(mutex_);
+  skip_to(now_ + 1);  // others may have taken what was loaded before
   load_ahead();
 }
 
@@ -182,7 +186,6 @@ void Streamer::prefetch() {
 
 void Streamer::begin_pass(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  end_open();
   if (const std::size_t count = upcoming_.order.size(); count > 0 && now_ % count != 0) {
     // The pass before ended early: go on at the beginning of the next.
     region_->advance(static_cast<StepIndex>(count - 1));
@@ -195,7 +198,6 @@ void Streamer::begin_pass(StreamHandle stream) {
 
 void Streamer::end_pass(StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  end_open();
   ++passes_;
   if (capturing_) return;
   load_ahead();
@@ -217,38 +219,53 @@ Event Streamer::note_time(StreamHandle stream) noexcept {
   }
 }
 
-void Streamer::begin(StepId id, StreamHandle stream) {
-  const std::lock_guard lock(mutex_);
-  if (id >= steps_.size() || !steps_[id]) {
-    throw ScheduleError("begin: step " + std::to_string(id) + " was not defined");
+void Streamer::begin(StepId id, StepId at, StreamHandle stream) {
+  std::shared_ptr<const Pages> pages;
+  std::uint64_t range = 0;
+  std::size_t place = 0;
+  bool timed = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (id >= steps_.size() || !steps_[id]) {
+      throw ScheduleError("begin: step " + std::to_string(id) + " was not defined");
+    }
+    pages = steps_[id];
+    if (capturing_) load_ahead();  // as late as can be: then most can be in one copy
+    move_to(at);
+    ++steps_run_;
+    const std::size_t count = upcoming_.order.size();
+    place = count > 0 && now_ > 0 ? (now_ - 1) % count : 0;
+    timed = !capturing_ && (tracing_ || !region_->settled(*pages));
+    range = start_range(names_[id].c_str());
   }
-  const std::shared_ptr<const Pages> pages = steps_[id];
-  if (capturing_) load_ahead();  // as late as can be: then most can be in one copy
-  move_to(id);
-  ++steps_run_;
-  const bool timed = !capturing_ && (tracing_ || !region_->settled(*pages));
   const Event before = timed ? note_time(stream) : nullptr;
-  open_.push_back({id, stream, pages, nullptr, start_range(names_[id].c_str())});
+  bool gives_way = false;
   try {
-    region_->begin(*pages, stream);
+    gives_way = region_->begin(*pages, stream);
   } catch (...) {
-    end_range(open_.back().range);
-    open_.pop_back();
+    end_range(range);
     throw;
   }
-  if (const Event after = before ? note_time(stream) : nullptr) {
-    const std::size_t count = upcoming_.order.size();
+  const Event after = before ? note_time(stream) : nullptr;
+  const std::lock_guard lock(mutex_);
+  open_.push_back({id, stream, pages, std::this_thread::get_id(), nullptr, range, gives_way});
+  if (after) {
     const std::lock_guard observed(observed_mutex_);
-    timeline_.add_wait(id, count > 0 && now_ > 0 ? (now_ - 1) % count : 0, before, after);
+    timeline_.add_wait(id, place, before, after);
     if (tracing_) open_.back().since = after;
   }
-  if (!capturing_) load_ahead();
+  if (!capturing_ && (gives_way || cursor_is_near())) load_ahead();
+}
+
+bool Streamer::cursor_is_near() const {
+  return !blocked_ && cursor_.time <= now_ + upcoming_.order.size() / 2;
 }
 
 void Streamer::end(StepId id, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
-  const auto found =
-      std::find_if(open_.rbegin(), open_.rend(), [&](const Open& open) { return open.id == id; });
+  const auto found = std::find_if(open_.rbegin(), open_.rend(), [&](const Open& open) {
+    return open.id == id && open.thread == std::this_thread::get_id();
+  });
   if (found == open_.rend()) {
     throw ScheduleError("end: step " + std::to_string(id) + " was not begun");
   }
@@ -260,17 +277,7 @@ void Streamer::end(StepId id, StreamHandle stream) {
     timeline_.add_span(SpanKind::kStep, id, 0, step.since, after);
   }
   region_->end(*step.pages, stream);
-  if (!capturing_) load_ahead();
-}
-
-void Streamer::begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
-  const std::lock_guard lock(mutex_);
-  ++unscheduled_;
-  region_->begin(pages, stream);
-}
-
-void Streamer::end_pages(const std::vector<PageIndex>& pages, StreamHandle stream) {
-  region_->end(pages, stream);
+  if (!capturing_ && step.gives_way) load_ahead();
 }
 
 void Streamer::set_capturing(bool capturing) {

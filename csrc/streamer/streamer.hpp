@@ -8,21 +8,24 @@
 //
 // Loading ahead: a cursor walks through the schedule, at most one pass ahead of the step that runs,
 // and has the region load what is not in place, until the region has no room for the next page.
-// Called again whenever a step begins or ends, that is all there is to look-ahead, wrapping around
-// into the next pass, and prefetching in the order of use. Steps that are skipped, repeated or new
-// move the position, or do not; their pages are demanded then, and the cursor starts over.
+// Called again whenever a step ends that others may take the room of, that is all there is to
+// look-ahead, wrapping around into the next pass, and prefetching in the order of use. Steps that
+// are skipped, repeated or new move the position, or do not; their pages are demanded then, and the
+// cursor starts over.
 //
 // Times are taken by events on the device, and read later, when they are over: what a step waited
-// for its pages (its stall), how long a pass took. Thread-safe; a model runs in one thread at a
-// time. The host never waits here but where the region does.
+// for its pages (its stall), how long a pass took. Thread-safe; steps of several threads may be
+// open at once. The host never waits here but where the region does.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -59,21 +62,20 @@ class Streamer : private PageObserver {
   /// @param pages  For each place in the order, all pages in use there.
   void follow(std::vector<StepId> order, std::vector<std::vector<PageIndex>> pages);
 
-  /// A pass begins, at the first step of the order; the one before it has ended. At both ends of a
-  /// pass, steps that are open are ended: whoever began them was interrupted before noting it.
+  /// A pass begins, at the first step of the order; the one before it has ended.
   void begin_pass(StreamHandle stream);
   void end_pass(StreamHandle stream);
 
   /// Makes the step's pages ready for later work of `stream`.
   /// @throws CapExceededError where they do not fit beside what is in use, ScheduleError for a step
   ///         that was not defined.
-  void begin(StepId id, StreamHandle stream);
-  /// Lets go of the pages that the step's latest `begin` took, also where it throws a DeviceError.
-  /// @throws ScheduleError for a step that was not begun.
+  void begin(StepId id, StreamHandle stream) { begin(id, id, stream); }
+  /// The same for a step that stands at another's place of the order.
+  /// @param at  A step of the order; any other for a step that nobody could expect.
+  void begin(StepId id, StepId at, StreamHandle stream);
+  /// Lets go of the pages that the thread's latest `begin` of the step took, also where it throws a
+  /// DeviceError. @throws ScheduleError for a step that the thread has not begun.
   void end(StepId id, StreamHandle stream);
-  /// The same for pages that are read outside the steps.
-  void begin_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
-  void end_pages(const std::vector<PageIndex>& pages, StreamHandle stream);
 
   /// Loads ahead as far as there is room.
   void prefetch();
@@ -83,6 +85,7 @@ class Streamer : private PageObserver {
 
   /// Whether times are taken of every step and load, for `timeline`; else of stalls only.
   void set_trace(bool trace);
+  bool tracing() const noexcept { return tracing_; }
 
   StreamerStats stats() const;
   /// The passes that ended last, oldest first, up to some tens of them.
@@ -99,8 +102,10 @@ class Streamer : private PageObserver {
     StepId id;
     StreamHandle stream;
     std::shared_ptr<const Pages> pages;
+    std::thread::id thread;
     Event since;          // when it began, where that is traced
     std::uint64_t range;  // on a profiler's timeline
+    bool gives_way;       // others may take the room of its pages when it has ended
   };
   struct Upcoming {
     std::vector<StepId> order;
@@ -125,7 +130,6 @@ class Streamer : private PageObserver {
   void on_evict(PageIndex first, std::size_t count, const Event& start, const Event& end) override;
 
   // With mutex_ held.
-  void end_open() noexcept;
   void move_to(StepId id);
   void come_to(StepTime time);
   /// Goes as far as it can; `begin` meets the error again that stops it.
@@ -134,6 +138,8 @@ class Streamer : private PageObserver {
   /// About `most` pages from the cursor on, those that stay left out.
   Batch batch_at_cursor(StepTime last, std::size_t most, const std::vector<bool>& staying) const;
   void skip_to(StepTime time);
+  /// Whether it is time to load ahead though no room has become free.
+  bool cursor_is_near() const;
   void count_ahead(StepTime time);
   Event note_time(StreamHandle stream) noexcept;
 
@@ -149,8 +155,9 @@ class Streamer : private PageObserver {
   Place cursor_{1, 0};             // the page that is loaded ahead next
   std::deque<std::size_t> ahead_;  // pages asked for ahead, of each step after now_
   std::size_t pages_ahead_ = 0;    // all of them
+  bool blocked_ = false;           // the cursor waits for a step to end
   bool capturing_ = false;
-  bool tracing_ = false;
+  std::atomic<bool> tracing_{false};
   std::uint64_t passes_ = 0;
   std::uint64_t steps_run_ = 0;
   std::uint64_t unscheduled_ = 0;

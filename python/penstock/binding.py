@@ -3,89 +3,121 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from penstock import torch_dispatch
 from penstock.layout import Placement
-from penstock.pager import Region
+from penstock.memory import ModelMemory
 from penstock.skeleton import set_payload
 from penstock.weights import Slot
 
-__all__ = ["Binding", "ParameterMovedWarning", "bind"]
+__all__ = ["Binding", "ParameterMovedWarning", "View", "bind"]
 
 
 class ParameterMovedWarning(UserWarning):
     """A call such as `.half()` gave parameters memory of their own, outside the cap."""
 
 
+@dataclass(frozen=True)
+class View:
+    """A tensor that shares its memory with others of its module.
+
+    Parameters
+    ----------
+    whole
+        Has the bytes of all of them.
+    at
+        Its first byte in that.
+    """
+
+    tensor: torch.Tensor
+    whole: Slot
+    at: int
+
+    def bind(self) -> None:
+        """Have the tensor lie in what is in place now."""
+        base = self.whole.current[self.at :]
+        items = base.numel() // self.tensor.element_size()
+        typed = base[: items * self.tensor.element_size()].view(self.tensor.dtype)
+        offset = typed.storage_offset()
+        self.tensor.data = typed.as_strided(self.tensor.shape, self.tensor.stride(), offset)
+
+
 class Binding:
-    """A module whose tensors are views of one region.
+    """A module whose tensors are on one model's memory.
+
+    They are known by themselves: what becomes of their names is the user's business.
 
     Parameters
     ----------
     module
-        A skeleton.
-    region
-        Memory for all placements; None if there is nothing to place.
+        A skeleton, or a module whose values were put in place.
+    memory
+        Has room for all placements; None if there is nothing to place.
     device
-        Where buffers that are not on the region go.
+        Where tensors go that have no bytes, and buffers that are not on the memory.
     before
         Called for each tensor before it is given its place.
+    views
+        Tensors of the module that lie in others.
     """
 
     def __init__(
         self,
         module: nn.Module,
         placements: list[Placement],
-        region: Region | None,
+        memory: ModelMemory | None,
         device: torch.device,
         *,
         before: Callable[[Placement], None] | None = None,
+        views: Sequence[View] = (),
     ) -> None:
         self.module = module
         self.placements = placements
-        self.region = region
-        self._addresses: dict[int, int] = {}
+        self._memory = memory
+        self._bound: list[tuple[Slot, torch.Tensor]] = []
+        self._tensors: list[torch.Tensor] = []
         self._warned: set[str] = set()
-        for index, placement in enumerate(placements):
+        for placement in placements:
             if before is not None:
                 before(placement)
-            tensor = self._tensor(placement, device)
-            bind(placement.slot, tensor)
-            if placement.nbytes:
-                self._addresses[index] = tensor.data_ptr()
-        bound = {id(p.slot.current) for p in placements}
+            if memory is None or placement.nbytes == 0:
+                shape, dtype = placement.source.shape, placement.dtype
+                bind(placement.slot, torch.empty(shape, dtype=dtype, device=device))
+                continue
+            bind(placement.slot, memory.tensor(placement))
+            self._bound.append((placement.slot, placement.slot.current))
+            self._tensors.append(placement.slot.current)
+        placed = {id(placement.slot.current) for placement in placements}
+        for view in views:
+            view.bind()
+            placed.add(id(view.tensor))
         for owner in module.modules():
             for name, buffer in owner._buffers.items():
-                if buffer is not None and id(buffer) not in bound:
+                if buffer is not None and id(buffer) not in placed:
                     owner._buffers[name] = buffer.to(device)
 
-    def _tensor(self, placement: Placement, device: torch.device) -> torch.Tensor:
-        shape = placement.source.shape
-        if self.region is None:
-            return torch.empty(shape, dtype=placement.dtype, device=device)
-        tensor = self.region.tensor(placement.offset, shape, placement.dtype)
-        return tensor.as_strided(shape, placement.stride) if placement.stride else tensor
-
-    def placed(self) -> list[tuple[Placement, torch.Tensor]]:
-        """List the tensors that are on the region, as the module holds them now."""
-        return [
-            (self.placements[index], self.placements[index].slot.current)
-            for index in self._addresses
-        ]
+    def may_have_moved(self) -> bool:
+        """Whether some tensor has memory of its own; cheap enough for every call."""
+        return not all(map(torch_dispatch.is_keyed, self._tensors))
 
     def moved(self) -> list[str]:
         """Name the tensors that are no longer where they were bound."""
+        if self._memory is None:
+            return []
+        region = self._memory.region
         return [
-            self.placements[index].slot.names[0]
-            for index, address in self._addresses.items()
-            if _address(self.placements[index].slot.current) != address
+            slot.names[0]
+            for slot, tensor in self._bound
+            if slot.holds(tensor) and not region.holds(tensor)
         ]
 
     def warn_if_moved(self) -> None:
-        """Warn of tensors that left the region since the last warning.
+        """Warn of tensors that left the memory since the last warning.
 
         Warns
         -----
@@ -105,13 +137,12 @@ class Binding:
         )
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.data_ptr()
-
-
 def bind(slot: Slot, tensor: torch.Tensor) -> None:
     """Give a slot of a module a tensor, under all its names."""
     held = slot.current
+    if not held.is_meta and not held.is_inference():
+        held.data = tensor  # it is the same object for whoever has it
+        return
     if isinstance(held, nn.Parameter):
         differentiable = tensor.is_floating_point() or tensor.is_complex()
         held.requires_grad_(held.requires_grad and differentiable)

@@ -49,7 +49,6 @@ class CapturedPass:
         self._pager = memory.pager
         self._inputs = tree_map(_static, (args, kwargs))
         args, kwargs = self._inputs
-        runner.stay_by_steps()
         self._settle(runner, args, kwargs)
         if memory.widen_ring():
             runner.plan()

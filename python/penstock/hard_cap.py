@@ -179,8 +179,6 @@ class HardCap:
         budget = self.pager.budget
         if budget.try_set_cap(wanted):
             return
-        for manager in self.managers:
-            manager.loosen()
         self.pager.frames.make_room(budget.cap - wanted)
         if not budget.try_set_cap(wanted):
             used = budget.stats().used

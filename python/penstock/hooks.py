@@ -1,70 +1,53 @@
-"""The hooks of a bound model's modules: they tell of calls, and put host copies into state dicts.
+"""The hooks of a paged model: they tell where calls of the whole model begin and end.
 
-Modules are copied and pickled with their hooks. Those of a bound model belong to it alone, so
-copies, whose weights are ordinary tensors, have hooks that do nothing in their place.
+Nothing depends on them but what is foreseen. Modules are copied and pickled with their hooks; those
+of a paged model belong to it alone, so copies have hooks that do nothing in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from penstock.guard import is_guarded, on_host
+__all__ = ["CallHooks"]
 
-__all__ = ["Hooks"]
+# Torch has these choose other kernels where a module has hooks.
+_WITHOUT_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class Hooks:
+class CallHooks:
     """The hooks of one model.
 
     Parameters
     ----------
-    modules
-        All of the model's; they are told apart by their index here.
-    holders
-        Which of them hold tensors of their own, to be saved.
+    module
+        The model.
+    begin, end
+        Called when a call of it begins, and when it has ended; the latter with whether it returned
+        something. After an interrupt it is not called.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], holders: Iterable[int]) -> None:
-        self._modules = modules
-        self._calls: list[Any] = []  # handles
-        self._saves = [_on_saving(modules[i]) for i in holders]
-
-    def tell_of(
-        self, indices: Iterable[int], enter: Callable[[int], None], leave: Callable[[int], None]
+    def __init__(
+        self, module: nn.Module, begin: Callable[[], None], end: Callable[[bool], None]
     ) -> None:
-        """Tell of the calls of these modules from now on, and of no others.
-
-        Parameters
-        ----------
-        enter, leave
-            Called with the index of a module when a call of it begins, and when it has ended, in
-            whichever way. Only the hooks hold them, so that whoever is told goes with the hooks.
-        """
-        self._tell_of_none()
-        for i in indices:
-            module = self._modules[i]
-            self._calls += (
-                module.register_forward_pre_hook(_Hook(enter, i), prepend=True),
-                module.register_forward_hook(_Hook(leave, i), always_call=True),
+        self._handles: list[Any] = []
+        if not isinstance(module, _WITHOUT_HOOKS):
+            self._handles += (
+                module.register_forward_pre_hook(_Begin(begin), prepend=True),
+                module.register_forward_hook(_End(end), always_call=True),
             )
 
     def remove(self) -> None:
-        """Take all hooks off, for good."""
-        self._tell_of_none()
-        for save in self._saves:
-            save.remove()
-
-    def _tell_of_none(self) -> None:
-        for handle in self._calls:
+        """Take them off, for good."""
+        for handle in self._handles:
             handle.remove()
-        self._calls.clear()
+        self._handles.clear()
 
 
-class _Alone:
+class _Hook:
     """A hook that does nothing on copies of its module."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Callable[..., None]:
@@ -74,32 +57,22 @@ class _Alone:
         return _get_no_hook, ()
 
 
-class _Hook(_Alone):
-    """Tells of one module's calls."""
-
-    def __init__(self, tell: Callable[[int], None], module: int) -> None:
+class _Begin(_Hook):
+    def __init__(self, tell: Callable[[], None]) -> None:
         self._tell = tell
-        self._module = module
 
-    def __call__(self, *arguments: Any) -> None:  # noqa: ANN401
-        self._tell(self._module)
-
-
-class _Save(_Alone):
-    """Puts what is kept on the host into state dicts: for who saves them, or reads them later."""
-
-    def __call__(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
-    ) -> None:
-        for held in (module._parameters, module._buffers):
-            for name in held:
-                value = state.get(prefix + name)
-                if value is not held[name] and is_guarded(value):
-                    state[prefix + name] = on_host(cast(torch.Tensor, value))
+    def __call__(self, module: nn.Module, args: Any) -> None:  # noqa: ANN401
+        if not torch.compiler.is_compiling():  # what is compiled is not told
+            self._tell()
 
 
-def _on_saving(module: nn.Module) -> Any:  # noqa: ANN401
-    return module._register_state_dict_hook(_Save())  # type: ignore[no-untyped-call]
+class _End(_Hook):
+    def __init__(self, tell: Callable[[bool], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+        if not torch.compiler.is_compiling():
+            self._tell(output is not None)
 
 
 def _no_hook(*arguments: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -28,42 +29,29 @@ class Kernel:
         What is called instead.
     modules
         Names and modules, of which none has a kernel.
-    changed
-        Called with a module that has got a kernel, or has one no more.
+    holding
+        Returns what has the tensors of a module in place while the function runs.
     """
 
     def __init__(
         self,
         function: KernelFunction,
         modules: Sequence[tuple[str, nn.Module]],
-        changed: Callable[[nn.Module, bool], None],
+        holding: Callable[[nn.Module], AbstractContextManager[None]],
     ) -> None:
         for name, module in modules:
             if isinstance(module.__dict__.get("forward"), _Replaced):
                 raise ModelError(f"module {name!r} has a kernel already; remove that first")
-        self._changed = changed
         self._modules: list[tuple[nn.Module, Any]] = []
         self.names = tuple(name for name, _ in modules)
-        try:
-            for _, module in modules:
-                changed(module, True)
-                self._modules.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = _Replaced(function, module)
-        except BaseException:
-            self.remove()
-            raise
+        for _, module in modules:
+            self._modules.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = _Replaced(function, module, holding)
 
     def remove(self) -> None:
-        """Give the modules their own forward back; once more does nothing.
-
-        Raises
-        ------
-        ScheduleError
-            If the model is being called.
-        """
+        """Give the modules their own forward back; once more does nothing."""
         while self._modules:
             module, before = self._modules[-1]
-            self._changed(module, False)
             if before is None:
                 module.__dict__.pop("forward", None)
             else:
@@ -80,12 +68,19 @@ class Kernel:
 class _Replaced:
     """The forward of a module that has a kernel. Copies of the module have their own forward."""
 
-    def __init__(self, function: KernelFunction, module: nn.Module) -> None:
+    def __init__(
+        self,
+        function: KernelFunction,
+        module: nn.Module,
+        holding: Callable[[nn.Module], AbstractContextManager[None]],
+    ) -> None:
         self._function = function
         self._module = module
+        self._holding = holding
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        return self._function(self._module, *args, **kwargs)
+        with self._holding(self._module):
+            return self._function(self._module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         return _own_forward(memo.get(id(self._module), self._module))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from torch import nn
 
 from penstock import _core
 from penstock.adopt import Origin, Write, give_back, move_in, survey
-from penstock.binding import Binding
+from penstock.binding import Binding, View
 from penstock.capture import CapturedPass
-from penstock.errors import CapExceededError, ModelError, ScheduleError
+from penstock.errors import CapExceededError, ModelError
 from penstock.fill import fill
 from penstock.hard_cap import current_cap
 from penstock.host import HOST_TIERS, open_tier, require_budget
@@ -35,19 +34,18 @@ from penstock.policy import FarthestUse, Policy, Priority
 from penstock.progress import progress_bar
 from penstock.residency import Residency
 from penstock.runner import Runner
-from penstock.sharing import Busy, Overtaken, Tenant
+from penstock.sharing import Overtaken, Tenant
 from penstock.sizes import format_bytes, parse_bytes
 from penstock.skeleton import build_skeleton
 from penstock.stats import ManagerStats, MemoryStats, ModelStats, format_schedule
 from penstock.trace import write_trace
-from penstock.turns import Turns
 from penstock.weights import Weights, find_slots, match, open_weights
 
 __all__ = ["MemoryManager"]
 
 T = TypeVar("T")
 
-_PATIENCE = 60.0  # seconds to wait for calls in other threads to give room back
+_PATIENCE = 60.0  # seconds to go on dividing frames that others take meanwhile
 
 _log = logging.getLogger("penstock")
 
@@ -108,8 +106,9 @@ class MemoryManager:
 
     Notes
     -----
-    Thread-safe. Calls of one model wait for each other, and run in the order in which they came. A
-    failed call changes nothing: the ledger stays balanced and the manager usable.
+    Thread-safe, and so are the models: each operation holds what it reads. Operations of a thread
+    other than that which began a pass are not foreseen. A failed call changes nothing: the ledger
+    stays balanced and the manager usable.
     """
 
     def __init__(
@@ -135,7 +134,6 @@ class MemoryManager:
         self._verify = verify
         self._progress = progress
         self._residency = Residency(self._pager, policy or FarthestUse())
-        self._turns = Turns()
         self._models: dict[str, _Model] = {}
         self._lock = threading.RLock()
         if self._pager.hard_cap is not None:
@@ -276,16 +274,20 @@ class MemoryManager:
         memory: ModelMemory | None,
         *,
         before: Callable[[Placement], None] | None = None,
+        views: Sequence[View] = (),
     ) -> _Model:
         """Put a module's tensors onto memory, which is closed where that fails."""
-        region = memory.region if memory else None
         try:
             with torch.inference_mode(False):  # its tensors keep no count of their changes
-                binding = Binding(module, placements, region, self.device, before=before)
+                if memory is not None:
+                    memory.place(name, placements)
+                binding = Binding(
+                    module, placements, memory, self.device, before=before, views=views
+                )
                 if memory is None:
                     return _Model(binding, None)
                 memory.finish_filling()
-                runner = Runner(name, binding, memory, trace=self._trace, turns=self._turns)
+                runner = Runner(name, binding, memory, trace=self._trace)
                 return _Model(binding, Tenant(name, runner))
         except BaseException:
             if memory is not None:
@@ -330,22 +332,17 @@ class MemoryManager:
                     f"host tier {self._host!r} reads from files, which a loaded module has not: "
                     'use host="pinned", or register the module with its checkpoint'
                 )
-            placements, nbytes, origin = survey(module, self.pager.page_size)
+            placements, nbytes, origin, views = survey(module, self.pager.page_size)
             parts = self._find_parts(name, module, placements, pin, stream)
             write, memory = self._empty_memory(nbytes)
             if memory is not None:
                 memory.parts = parts
-            moved: list[Placement] = []
-
-            def move(placement: Placement) -> None:
-                move_in(write, placement)
-                moved.append(placement)
-
             with torch.inference_mode(False), torch.no_grad():
                 try:
-                    model = self._bind(name, module, placements, memory, before=move)
+                    move = partial(move_in, write)
+                    model = self._bind(name, module, placements, memory, before=move, views=views)
                 except BaseException:
-                    give_back(moved, memory, origin)
+                    give_back(module, memory, origin)
                     raise
             model.origin = origin
             self._add(name, model)
@@ -374,15 +371,16 @@ class MemoryManager:
             model = self._find(name)
             if model.origin is None:
                 raise ModelError(f"model {name!r} was registered, not adopted; unregister it")
+            self._require_released(name, model)
             memory = model.runner.memory if model.runner else None
-            self._forget(name, readable=True)
             with torch.inference_mode(False), torch.no_grad():
-                give_back(model.binding.placements, memory, model.origin)
+                give_back(model.binding.module, memory, model.origin)
+            self._forget(name)
 
     def unregister(self, name: str) -> None:
         """Forget a model. Its memory goes when the last tensor on it does.
 
-        Managed weights can be read on; weights on frames cannot, and say so.
+        Until then its weights can be read on: they page as before, unforeseen.
 
         Raises
         ------
@@ -390,17 +388,21 @@ class MemoryManager:
             If there is no such model, or it is acquired.
         """
         with self._lock:
-            self._forget(name, readable=self._pager.kind == "managed")
+            self._require_released(name, self._find(name))
+            self._forget(name)
 
-    def _forget(self, name: str, *, readable: bool) -> None:
+    def _require_released(self, name: str, model: _Model) -> None:
         self._on_call.end(name)
-        model = self._find(name)
         if model.acquired:
             raise ModelError(f"model {name!r} is acquired {model.acquired}x; release it first")
+
+    def _forget(self, name: str) -> None:
+        model = self._find(name)
         if model.tenant is not None:
             runner = model.tenant.runner
+            runner.detach()
+            runner.memory.set_active(False)
             runner.evict()
-            runner.detach(readable=readable)
             runner.memory.close()
             self._residency.remove(model.tenant)
         del self._models[name]
@@ -408,9 +410,8 @@ class MemoryManager:
     def acquire(self, name: str) -> nn.Module:
         """Mark a model as in use, begin to bring it in, and return it.
 
-        Each module waits for its own pages. Other models make room, in the order of the policy;
-        one that is being called gives up at once what its present step does not use, or where it
-        cannot (it runs freely, in another thread), is waited for.
+        Each operation waits for its own pages. Other models make room, in the order of the policy;
+        one that is being called gives up at once what no operation uses just then.
 
         Raises
         ------
@@ -418,8 +419,6 @@ class MemoryManager:
             If there is no such model.
         CapExceededError
             If it cannot run beside the models in use, and those that are protected from it.
-        ScheduleError
-            If a thread that has to be waited for waits for this one.
         """
         return self._begin_use(name)
 
@@ -435,34 +434,16 @@ class MemoryManager:
         return self._when_there_is_room(begin)
 
     def _when_there_is_room(self, work: Callable[[], T]) -> T:
-        """Do something with the lock, again where a call has to end first."""
+        """Do something with the lock, again where frames were taken while they were divided."""
         end = time.monotonic() + _PATIENCE
-        busy: Runner | None = None
         while True:
-            if busy is not None:
-                # Not while the lock is held: the call may need it to end.
-                busy.turn.take(sys._getframe())
             try:
                 with self._lock:
-                    if busy is not None:
-                        busy.end_interrupted()
                     return work()
-            except Busy as found:
-                if time.monotonic() > end:
-                    raise ScheduleError(
-                        f"no room after {_PATIENCE:.0f} s: model {found.runner.name!r} runs freely "
-                        "in another thread, and keeps what it has until its call ends"
-                    ) from None
-                runner: Runner | None = found.runner
             except Overtaken as found:
                 if time.monotonic() > end:
                     raise found.refusal from None
-                runner = None
                 time.sleep(0.001)
-            finally:
-                if busy is not None:
-                    busy.turn.give_back()
-            busy = runner
 
     def release(self, name: str, *, evict: bool = False) -> None:
         """Take one `acquire` back.
@@ -623,7 +604,7 @@ class MemoryManager:
         with self._lock:
             for name, runner in [(name, self._find(name).runner) for name in names]:
                 if runner is not None:
-                    runner.before_call = partial(self._on_call.begin, name, runner)
+                    self._on_call.watch(name, runner)
             return self._on_call
 
     def prefetch(self, name: str) -> None:
@@ -676,9 +657,9 @@ class MemoryManager:
         """Have a function of your own called in place of the forward of some modules.
 
         The function is called as `function(module, *args, **kwargs)`. The parameters and buffers of
-        the module, and of all modules in it, are in place then, and plain tensors: it may give
-        their addresses to a kernel. They are one step, so they have to fit together. The function
-        may call the module's parts.
+        the module, and of all modules in it, are in place then: it may give their addresses to a
+        kernel, to read. They are one step, so they have to fit together. The function may call the
+        module's parts.
 
         Parameters
         ----------
@@ -699,8 +680,6 @@ class MemoryManager:
         ------
         ModelError
             If there is no such model, no module matches, or one has a kernel already.
-        ScheduleError
-            If a model is being called.
         """
         with self._lock:
             models = {model: self._find(model)} if model is not None else dict(self._models)
@@ -714,13 +693,11 @@ class MemoryManager:
                 known = ", ".join(repr(name) for name in models) or "no model"
                 raise ModelError(f"{modules!r} matches no module of {known}")
 
-            def changed(module: nn.Module, whole: bool) -> None:
+            def holding(module: nn.Module) -> AbstractContextManager[None]:
                 runner = owners[id(module)]
-                if runner is not None:
-                    with self._lock:
-                        runner.hold_whole(module, whole)
+                return nullcontext() if runner is None else runner.holding(module)
 
-            return Kernel(function, found, changed)
+            return Kernel(function, found, holding)
 
     def timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what was traced as a Chrome trace, for chrome://tracing or Perfetto.
@@ -758,13 +735,6 @@ class MemoryManager:
             steps = model.runner.schedule() if model.runner else []
             return format_schedule(steps, self._pager.page_size)
 
-    def loosen(self) -> None:
-        """Have models that are in place as a whole run step by step, so that they can give way."""
-        with self._lock:
-            for model in self._models.values():
-                if model.runner is not None:
-                    model.runner.go_by_steps()
-
     def set_cap(self, cap: int | str) -> None:
         """Change the cap. Where more is held than that, models give way first, idle ones first.
 
@@ -775,8 +745,6 @@ class MemoryManager:
         CapExceededError
             If a model in use cannot run under the new cap, or primaries and what is kept resident
             do not fit; the old one stays.
-        ScheduleError
-            If a thread that has to be waited for waits for this one.
         """
         if self._pager.hard_cap is not None:
             self._pager.hard_cap.set_cap(cap)
@@ -837,7 +805,7 @@ class MemoryManager:
         return ModelStats(
             nbytes=sum(placement.nbytes for placement in model.binding.placements),
             acquired=model.acquired,
-            steps=len(model.runner.steps) if model.runner else 0,
+            steps=model.runner.step_count if model.runner else 0,
             moved=tuple(model.binding.moved()),
             memory=figures,
             kept=model.tenant is not None and model.tenant.kept > 0,

@@ -7,18 +7,21 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from typing_extensions import override
 
-from penstock import _core
+from penstock import _core, torch_dispatch
 from penstock.errors import ScheduleError
+from penstock.layout import Placement
 from penstock.managed_plan import ManagedPlan, plan_managed
+from penstock.outward import give_out_copies
 from penstock.pager import Pager, Region, wait_until_pinned
 from penstock.parts import Parts
 from penstock.stats import MemoryStats, PassFigures
 
-__all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps"]
+__all__ = ["FramesMemory", "ManagedMemory", "ModelMemory", "PagesOfSteps", "is_in_service"]
 
 # The driver maps pinned host memory by entries of 8 bytes for 4 KiB, in tables of 2 MiB: 16 MiB of
 # device memory for 7 GiB, as cudaMemGetInfo shows.
@@ -51,8 +54,42 @@ class ModelMemory(ABC):
         self.pager = pager
         self.region = region
         self.parts = parts
+        self._paged: _core.PagedModel | None = None
         self.streamer = _core.Streamer(region.core)
         self.plan: _core.Plan | ManagedPlan | None = None
+
+    @property
+    def paged(self) -> _core.PagedModel:
+        """The region as operations see it, once it has tensors."""
+        assert self._paged is not None
+        return self._paged
+
+    def place(self, name: str, placements: Sequence[Placement]) -> None:
+        """Say which tensors lie where.
+
+        Parameters
+        ----------
+        name
+            The model's, for messages.
+        placements
+            Ascending by offset.
+        """
+        torch_dispatch.install(_core.paging_api())
+        give_out_copies()
+        tensors = [
+            (each.offset, each.nbytes, _slice_nbytes(each), each.slot.names[0])
+            for each in placements
+            if each.nbytes
+        ]
+        self._paged = _core.PagedModel(name, self.streamer, self.region.core, tensors)
+        _in_service.add(self)
+        self._paged.set_room(self.most_pages * self.pager.page_size)
+
+    def tensor(self, placement: Placement) -> torch.Tensor:
+        """Make a tensor on the region, whose operations page by themselves."""
+        flat = torch.utils.dlpack.from_dlpack(self.paged.dlpack(placement.offset, placement.nbytes))
+        typed = flat.view(placement.dtype)
+        return torch_dispatch.key(typed.as_strided(placement.source.shape, placement.strides))
 
     @property
     def page_count(self) -> int:
@@ -92,10 +129,6 @@ class ModelMemory(ABC):
     def most_pages(self) -> int:
         """Pages that may be in place at once."""
 
-    def write_back(self, offset: int, nbytes: int, stream: int) -> None:
-        """Keep what was written to a range, which is in use."""
-        self.region.core.write_back(offset, nbytes, stream)
-
     @abstractmethod
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as they are kept on the host; not to be written to."""
@@ -122,25 +155,13 @@ class ModelMemory(ABC):
     def end_pass(self) -> None:  # noqa: B027
         """Have pages go that are not to stay; before any are loaded for the next pass."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """End the use of the memory; tensors on it may live on."""
+        _in_service.discard(self)
 
-    def settle(self) -> bool:
-        """Follow what others took since the last plan, or left; return whether to plan anew."""
+    def follow_others(self) -> bool:
+        """Adopt the frames that others took or left since the last plan; return whether to plan."""
         return False
-
-    def roomy(self) -> bool:
-        """Whether so much is free that no tensor may need the room of pages that are in use."""
-        return True
-
-    def staying(self) -> list[int]:
-        """List the pages that may be held in place: all, or those that the plan keeps, or none."""
-        return self.all_pages if self.fits() else []
-
-    @property
-    def keeps_writes(self) -> bool:
-        """Whether what is written to a tensor can be kept."""
-        return True
 
     @abstractmethod
     def set_active(self, active: bool) -> None:
@@ -184,6 +205,23 @@ class ModelMemory(ABC):
         """Return the figures that depend on the kind of memory."""
 
 
+_in_service: WeakSet[ModelMemory] = WeakSet()
+
+
+def is_in_service(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the memory of a model that a manager has."""
+    return torch_dispatch.is_keyed(tensor) and any(
+        memory.region.holds(tensor) for memory in list(_in_service)
+    )
+
+
+def _slice_nbytes(placement: Placement) -> int:
+    """Return the least of a tensor that may be read at once: a stack's parts can be read alone."""
+    shape = placement.source.shape
+    is_stack = len(shape) == 3 and placement.stride is None
+    return placement.nbytes // shape[0] if is_stack else placement.nbytes
+
+
 def _figures(last: _core.PassStats, step_name: Callable[[int], str]) -> PassFigures:
     return PassFigures(
         seconds=last.seconds,
@@ -210,6 +248,7 @@ class ManagedMemory(ModelMemory):
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         frames = self.pager.cap // self.pager.page_size
+        self.paged.set_room(self.pager.cap)
         if _core.least_frames(self.page_count, steps, self.parts.pinned) > frames:
             steps = ()  # the pager says it better, when the step is run
         self.plan = None
@@ -334,7 +373,8 @@ class FramesMemory(ModelMemory):
 
     @override
     def close(self) -> None:
-        """Give back what is charged beside the frames."""
+        """Give back what is charged beside the frames, too."""
+        super().close()
         self.pager.budget.release(_core.Tag.outside, self._outside)
         self._outside = 0
 
@@ -347,13 +387,14 @@ class FramesMemory(ModelMemory):
             if arranged != self._arranged or mappings != self._mappings:
                 try:
                     self.region_core.arrange(plan.slot, plan.ring)
-                except ScheduleError:  # somebody holds a view: places are found on demand then
+                except ScheduleError:  # pages stay in use: places are found on demand then
                     self.plan = None
                     return
                 self._arranged = arranged
                 self._arranged_frames = arranged[0].count(None) + plan.ring
                 self._mappings = self.region_core.mappings
             self.plan = plan
+            self.paged.set_room(self.frames * self.pager.page_size)
             self.tier.expect([page for page, _ in plan.loads])
 
     def _plan(self, steps: PagesOfSteps, seconds: Sequence[float]) -> _core.Plan:
@@ -410,7 +451,7 @@ class FramesMemory(ModelMemory):
         return self.region_core.frame_count
 
     @override
-    def settle(self) -> bool:
+    def follow_others(self) -> bool:
         if self._arranged is None:
             return False
         held = self.frames_held
@@ -426,21 +467,6 @@ class FramesMemory(ModelMemory):
             return False
         self.frames = held + free
         return True
-
-    @override
-    def roomy(self) -> bool:
-        return self.pager.hard_cap is None or self.pager.hard_cap.is_roomy()
-
-    @override
-    def staying(self) -> list[int]:
-        if self.fits() or not isinstance(self.plan, _core.Plan):
-            return super().staying()
-        return list(self.plan.resident)
-
-    @property
-    @override
-    def keeps_writes(self) -> bool:
-        return self.tier.address is not None
 
     @override
     def _own_stats(self) -> dict[str, Any]:
@@ -495,6 +521,7 @@ class FramesMemory(ModelMemory):
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
+        self.region_core.flush()
         address = self.tier.address
         if address is None:
             return torch.frombuffer(bytearray(self.tier.read(offset, nbytes)), dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """Models that are in use while they are called, as the parts of a pipeline are.
 
-Nobody acquires them. A call does, and releases those whose calls have ended; what these have in
-place stays until another one needs the room.
+Nobody acquires them. The first operation of one does, and releases those of which no call is under
+way; what these have in place stays until another one needs the room.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["OnCall"]
 
 
 class OnCall:
-    """Acquires whichever model is called.
+    """Acquires whichever model is used.
 
     Parameters
     ----------
     acquire, release
-        Called with the name of a model. Acquiring may wait for calls of other models.
+        Called with the name of a model.
     """
 
     def __init__(
@@ -33,42 +33,30 @@ class OnCall:
         self._in_use: dict[str, Runner] = {}
         self._lock = threading.Lock()  # not held while acquiring
 
-    def begin(self, name: str, runner: Runner) -> None:
-        """Note that a model is about to be called.
+    def watch(self, name: str, runner: Runner) -> None:
+        """Have the next operation of a model acquire it."""
+        runner.on_next_use(lambda: self._begin(name, runner))
 
-        Raises
-        ------
-        CapExceededError
-            If it cannot run under the cap.
-        """
+    def _begin(self, name: str, runner: Runner) -> None:
         with self._lock:
-            over = [
-                other
-                for other, its_runner in self._in_use.items()
-                if other != name and not _is_called(its_runner)
-            ]
-            new = name not in self._in_use
+            over = [other for other, used in self._in_use.items() if not used.is_called]
             self._in_use[name] = runner
         for other in over:
-            self.end(other)
-        if not new:
-            return
+            if other != name:
+                self.end(other)
         try:
             self._acquire(name)
         except BaseException:
             with self._lock:
                 self._in_use.pop(name, None)
+            self.watch(name, runner)
             raise
 
     def end(self, name: str | None = None) -> None:
         """Release one model, or all, if this acquired it."""
         with self._lock:
             names = [*self._in_use] if name is None else [name]
-            ended = [each for each in names if self._in_use.pop(each, None) is not None]
-        for each in ended:
+            ended = [(each, self._in_use.pop(each)) for each in names if each in self._in_use]
+        for each, runner in ended:
+            self.watch(each, runner)
             self._release(each)
-
-
-def _is_called(runner: Runner) -> bool:
-    with runner.resting() as resting:
-        return not resting

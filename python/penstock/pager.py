@@ -137,7 +137,22 @@ class Region:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the region."""
-        return not tensor.is_meta and 0 <= tensor.data_ptr() - self.address < self.nbytes
+        return self.extent(tensor) is not None
+
+    def extent(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Return the first byte of the region that a tensor's storage has, and how many it has.
+
+        None for a tensor that lies elsewhere, or nowhere.
+        """
+        if tensor.is_meta or tensor.layout != torch.strided:
+            return None
+        try:
+            storage = tensor.untyped_storage()
+            start = storage.data_ptr() - self.address
+        except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+            return None
+        nbytes = storage.nbytes()
+        return (start, nbytes) if 0 <= start <= self.nbytes - nbytes and nbytes else None
 
     def pages_of(self, start: int, nbytes: int) -> list[int]:
         """Return the indices of the pages that a byte range touches.

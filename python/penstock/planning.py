@@ -1,14 +1,14 @@
 """When a running model is planned for, for which orders, and by which times.
 
-The first plan is for the order in which modules are listed: a guess. From the first passes on it is
-for the order that is followed, and where entry points alternate (an encoder and a decoder), for
-two of them together, until one is called several times in a row. A plan for one order is made once
-more when a pass was traced, with the times that its steps took; then it is settled. Where the room
-changes later, as when the model is used again, the plan is by the times that are known.
+The first plan is for the tensors in the order in which they lie: a guess. From the first passes on
+it is for the order that is expected of them, and where kinds of passes alternate (an encoder and a
+decoder), for two of them together, until one comes several times in a row. A plan for one order is
+made once more when a pass was traced, with the times that its steps took; then it is settled. Where
+the room changes later, as when the model is used again, the plan is by the times that are known.
 
-In a traced pass every module has a step and every step is timed, so where the host is what a pass
-waits for, its times are longer than those of later passes. They are corrected when some of these
-have run, and a plan that then loads less is made.
+In a traced pass every step is timed, so where the host is what a pass waits for, its times are
+longer than those of later passes. They are corrected when some of these have run, and a plan that
+then loads less is made.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from penstock import _core
 from penstock.errors import CapExceededError
 from penstock.memory import ModelMemory
 from penstock.sizes import format_bytes
-from penstock.steps import Order, Steps
 
-__all__ = ["Planning", "too_large"]
+__all__ = ["Order", "Planning"]
+
+Order = tuple[int, ...]
+"""The steps of a pass, by their ids."""
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
 _PASSES = 6  # by a plan, before its times are compared with theirs
@@ -51,10 +53,10 @@ class Planning:
         Whether times are taken of every pass anyway.
     """
 
-    def __init__(self, name: str, steps: Steps, memory: ModelMemory, *, trace: bool) -> None:
+    def __init__(self, name: str, memory: ModelMemory, *, trace: bool) -> None:
         self._name = name
-        self._steps = steps
         self._memory = memory
+        self._pages: dict[int, list[int]] = {}  # of steps
         self._trace = trace
         self._orders: list[Order] = []  # planned for
         self._previous: Order | None = None  # of the pass before
@@ -68,6 +70,14 @@ class Planning:
         """Whether the plan is for this order alone, and by its times."""
         return self._phase is _Phase.SETTLED and self._orders == [order]
 
+    def pages_of(self, order: Order) -> list[list[int]]:
+        """List, for each step of an order, the pages that it needs."""
+        paged = self._memory.paged
+        for step in order:
+            if step not in self._pages:
+                self._pages[step] = paged.pages(step)
+        return [self._pages[step] for step in order]
+
     def least_frames(self, order: Order) -> int:
         """Return the fewest pages that have to be in place at once.
 
@@ -76,8 +86,7 @@ class Planning:
         order
             What is expected, should nothing have been planned for yet.
         """
-        orders = self._orders or [order]
-        pages = [used for each in orders for used in self._steps.pages_in_use(each)]
+        pages = [used for each in self._orders or [order] for used in self.pages_of(each)]
         return _core.least_frames(self._memory.page_count, pages, self._memory.parts.pinned)
 
     def renew(self, order: Order, *, guess: bool) -> None:
@@ -99,27 +108,20 @@ class Planning:
         if guess:
             self._orders = []
 
-    def forget(self) -> None:
-        """Forget what was planned for, as the steps have changed."""
-        self._orders = []
-        self._previous = None
-        self._phase = _Phase.PLANNED
-        self._seconds.clear()
-        self._corrections.clear()
-
-    def improve(self, order: Order, *, steady: bool) -> None:
-        """Plan for the order of the pass that has ended, or by its times, where that is better.
+    def improve(self, order: Order) -> None:
+        """Plan for the order that is expected after a pass, or by its times, where that is better.
 
         Parameters
         ----------
-        steady
-            Whether the pass was as expected, or observed.
+        order
+            Of passes of the kind that has just ended.
         """
-        self._repeats = self._repeats + 1 if self._previous is order else 0
+        self._repeats = self._repeats + 1 if self._previous == order else 0
         previous, self._previous = self._previous, order
         with suppress(CapExceededError):  # this pass is done; the next says which step is too large
-            if steady and order not in self._orders:
-                together = (previous or order, order)
+            if order not in self._orders:
+                same_kind = previous is not None and previous[0] == order[0]
+                together = (order,) if previous is None or same_kind else (previous, order)
                 self._plan_for(list(dict.fromkeys(together)))
             elif len(self._orders) > 1 and self._repeats >= _REPEATS:
                 self._plan_for([order])
@@ -142,25 +144,30 @@ class Planning:
         # Those that are over, by the device: the latest may not be.
         passes = self._memory.streamer.passes()[-_COMPARED:]
         taken = min((each.seconds - each.stall_seconds for each in passes), default=0.0)
-        known = self._seconds[order]
+        known = self._seconds.get(order, [])
         if not 0.0 < taken < _MUCH_LESS * sum(known):
             return False
         self._corrections[order] = self._corrections.get(order, 0) + 1
         corrected = [seconds * taken / sum(known) for seconds in known]
         self._seconds[order] = corrected
-        return self._memory.loads_less(self._steps.pages_in_use(order), corrected)
+        return self._memory.loads_less(self.pages_of(order), corrected)
 
     def _plan_for(self, orders: list[Order]) -> None:
-        pages = [used for order in orders for used in self._steps.pages_in_use(order)]
+        pages = [used for order in orders for used in self.pages_of(order)]
         seconds = self._seconds.get(orders[0], []) if len(orders) == 1 else []
         try:
             self._memory.arrange(pages, seconds)
         except CapExceededError as error:
-            places = [place for order in orders for place in order.places]
-            (step, _), largest = max(zip(places, pages, strict=True), key=lambda each: len(each[1]))
-            step_name = self._steps.name(step)
+            steps = [step for order in orders for step in order]
+            step, largest = max(zip(steps, pages, strict=True), key=lambda each: len(each[1]))
             nbytes = len(largest) * self._memory.pager.page_size
-            raise too_large(self._name, step_name, nbytes, error) from None
+            raise CapExceededError(
+                f"model {self._name!r}: {self._memory.paged.describe(step)} reads "
+                f"{format_bytes(nbytes)} at once, in whole pages. {error}",
+                requested=error.requested,
+                cap=error.cap,
+                used=error.used,
+            ) from None
         self._orders = orders
         self._phase = _Phase.SETTLED if seconds else _Phase.PLANNED
         self._passes = 0
@@ -176,22 +183,6 @@ class Planning:
         elif self._phase is _Phase.TRACED:
             seconds = streamer.step_seconds()
             if seconds:
-                seconds += [0.0] * (len(order.places) - len(seconds))
-                self._seconds[order] = seconds[: len(order.places)]
+                seconds += [0.0] * (len(order) - len(seconds))
+                self._seconds[order] = seconds[: len(order)]
                 self._plan_for([order])
-
-
-def too_large(model: str, step: str, nbytes: int, error: CapExceededError) -> CapExceededError:
-    """Say which step does not fit, and why.
-
-    Parameters
-    ----------
-    nbytes
-        What it reads at once, in whole pages.
-    """
-    return CapExceededError(
-        f"model {model!r}: step {step!r} reads {format_bytes(nbytes)} at once. {error}",
-        requested=error.requested,
-        cap=error.cap,
-        used=error.used,
-    )

@@ -14,7 +14,7 @@ from contextlib import suppress
 from penstock.errors import CapExceededError, ModelError
 from penstock.pager import Pager
 from penstock.policy import Policy, Priority
-from penstock.sharing import Busy, Overtaken, Sharing, Tenant
+from penstock.sharing import Overtaken, Sharing, Tenant
 
 __all__ = ["NothingToKeepWarning", "Residency"]
 
@@ -64,8 +64,6 @@ class Residency:
             If it cannot run beside the models in use, and what is protected from it.
         ModelError
             If a guest is reserved; or the policy names a model that it may not.
-        Busy
-            If a call has to end first.
         """
         if guest and tenant.reserved is not None:
             raise ModelError(
@@ -86,7 +84,6 @@ class Residency:
     def end_use(self, tenant: Tenant, *, evict: bool) -> None:
         """Let go of a model; a kept or reserved one stays though it is to be evicted."""
         tenant.in_use -= 1
-        tenant.runner.unwind()
         if tenant.in_use:
             self._note_use(tenant)
             return
@@ -145,8 +142,6 @@ class Residency:
             If it does not fit beside what others claim; nothing has changed then.
         ModelError
             If it is reserved otherwise.
-        Busy
-            If a call has to end first.
         """
         if tenant.reserved is priority:
             return
@@ -181,8 +176,6 @@ class Residency:
         ------
         CapExceededError
             If those in use, or what is protected, cannot; models have their shares again then.
-        Busy
-            If a call has to end first.
         """
         try:
             self._sharing.give_way(cap, self._by_use())
@@ -194,7 +187,7 @@ class Residency:
         """Give each model in use its share of what there is now, or leave it what it has."""
         for tenant in self._by_use():
             if tenant.in_use:
-                with suppress(CapExceededError, Busy, Overtaken):
+                with suppress(CapExceededError, Overtaken):
                     self._make_room(tenant, take_secondaries=False)
                 return
 

@@ -4,7 +4,7 @@ A model that is about to be used needs its largest step, and could use all of it
 could use, idle models give pages up, in the order of the policy. With managed memory, the pager
 does the rest page by page. Frames are divided: each model in use gets what its largest step needs,
 and of the rest a part as large as its part of what all could use beyond that. A model that is being
-called gives back at once what its present step does not use. For what the largest step needs, and
+called gives back at once what no operation uses just then. For what the largest step needs, and
 for that alone, models that are reserved as secondary give way too. What is protected stays.
 """
 
@@ -20,25 +20,11 @@ from penstock.policy import Candidate, Policy, Priority, UseHistory, order_of_vi
 from penstock.runner import Runner
 from penstock.sizes import format_bytes
 
-__all__ = ["Busy", "Overtaken", "Sharing", "Tenant", "divide"]
-
-
-class Busy(Exception):
-    """A call has to end before there is room.
-
-    Parameters
-    ----------
-    runner
-        Of the model that is being called, in another thread.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        super().__init__("a call has to end before there is room")
-        self.runner = runner
+__all__ = ["Overtaken", "Sharing", "Tenant", "divide"]
 
 
 class Overtaken(Exception):
-    """A call took frames while they were divided, and has ended since: divide them again.
+    """Operations took frames while they were divided: divide them again.
 
     Parameters
     ----------
@@ -164,10 +150,8 @@ class Sharing:
             If the models in use cannot run beside each other and what is protected.
         ModelError
             If the policy names a model that it may not.
-        Busy
-            If a call has to end first; some others may hold less then.
         Overtaken
-            If a call took frames meanwhile, and has ended.
+            If operations took frames meanwhile.
         """
         hard_cap = self._pager.hard_cap
         if hard_cap is not None:  # of frames that it caches
@@ -186,10 +170,12 @@ class Sharing:
             free = self._pager.budget.available // self._pager.page_size
             self._divide(active, free + sum(each.held for each in active))
         else:
-            self._let_pass(asker, others, active)
+            self._leave_room(asker, others, active)
 
-    def _let_pass(self, asker: Tenant, others: Sequence[Tenant], active: Sequence[Tenant]) -> None:
-        """Have models that run freely, and so hold all they have, go by steps where others run."""
+    def _leave_room(
+        self, asker: Tenant, others: Sequence[Tenant], active: Sequence[Tenant]
+    ) -> None:
+        """Say how many pages of managed memory each model in use may count on."""
         total = self._pager.cap // self._pager.page_size
         claims = {id(each): each.claim for each in (*others, asker)}
         claims[id(asker)] = max(asker.claim, asker.least)
@@ -198,9 +184,6 @@ class Sharing:
             assert isinstance(memory, ManagedMemory)
             beside = sum(claims.values()) - claims[id(each)]
             memory.allowed = total - beside if beside else None
-            free = each is asker or each.protected or memory.fits()
-            if not free and not each.runner.go_by_steps():
-                raise Busy(each.runner)
 
     def _going(self, tenants: Sequence[Tenant]) -> list[Tenant]:
         """List those that may give way, in the order in which they do."""
@@ -309,13 +292,10 @@ class Sharing:
             return True  # the pager takes no more
         runner = tenant.runner
         _frames(runner).frames = min(self._room(tenant), tenant.page_count)
-        with runner.resting() as resting:
-            if not resting:
-                return False
-            try:
-                runner.plan()
-            except CapExceededError:
-                return False
+        try:
+            runner.plan()
+        except CapExceededError:
+            return False
         return True
 
     def give_way(self, cap: int, tenants: Sequence[Tenant]) -> None:
@@ -331,8 +311,6 @@ class Sharing:
         CapExceededError
             If the models in use, and what is protected, cannot be in that; some may hold less than
             before.
-        Busy
-            If a call has to end first.
         """
         size = self._pager.page_size
         ledger = self._pager.budget.stats()
@@ -386,38 +364,29 @@ class Sharing:
         shares = dict(zip(map(id, tenants), divide(total, least, most), strict=True))
         # Those that give frames away first.
         for each in sorted(tenants, key=lambda each: shares[id(each)] - each.held):
-            others = [other for other in tenants if other is not each]
+            others = len(tenants) > 1
             try:
-                self._give(each, shares[id(each)], others)
+                self._give(each, shares[id(each)])
             except CapExceededError as error:
                 # All have what they need in what there was, so somebody took some of it meanwhile.
                 if others and sum(least) <= total:
                     raise Overtaken(error) from None
                 raise
 
-    def _give(self, tenant: Tenant, frames: int, others: Sequence[Tenant]) -> None:
+    def _give(self, tenant: Tenant, frames: int) -> None:
         """Plan for a model in as many frames as it gets."""
         runner = tenant.runner
-        _frames(runner).frames = frames
-        with runner.resting() as resting:
-            if not resting:
-                runner.plan_later()
-                if not runner.give_way():
-                    raise Busy(runner)
-                return
-            try:
-                runner.plan()
-            except CapExceededError:
-                # Somebody who runs may have taken what was there.
-                busy = [other.runner for other in others if other.runner.runs_elsewhere]
-                if busy:
-                    raise Busy(busy[0]) from None
-                raise
+        memory = _frames(runner)
+        memory.frames = frames
+        runner.plan()
+        if memory.frames_held > frames:  # pages that are in use kept it from being arranged
+            runner.plan_later()
+            runner.give_up(memory.frames_held - frames)
 
     def _shrink(self, tenant: Tenant, pages: int) -> None:
         """Have a model in use hold no more than that."""
         if self._pager.kind == "frames":
-            self._give(tenant, pages, [])
+            self._give(tenant, pages)
         else:
             tenant.runner.give_up(tenant.held - pages)
 

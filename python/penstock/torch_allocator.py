@@ -11,14 +11,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
-from penstock.built import build
+from penstock.built import build, toolkit_headers
 
 __all__ = ["change_to_own", "change_to_plain"]
 
@@ -34,7 +32,6 @@ _HOOKS = {  # setters of torch's class, and functions of the core; in the order 
     "set_end_allocate_to_pool_fn": "penstock_end_pool",
     "set_release_pool": "penstock_release_pool",
 }
-_HEADER = "cuda_runtime_api.h"
 
 
 def change_to_plain(core: str) -> Any:  # noqa: ANN401
@@ -99,16 +96,4 @@ def _address(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
 def _built() -> Path:
     if not (Path(torch.__file__).parent / "lib" / "libtorch_cuda.so").exists():
         raise FileNotFoundError("this torch was built without CUDA")
-    return build(_SOURCE, ["torch_cuda", "c10_cuda", "c10"], [_toolkit_headers()])
-
-
-def _toolkit_headers() -> Path:
-    """Return where a CUDA toolkit's headers are: an installed one's, or of torch's packages."""
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    places = [packages / name / "include" for name in ("cu13", "cuda_runtime")]
-    if cpp_extension.CUDA_HOME:
-        places.insert(0, Path(cpp_extension.CUDA_HOME) / "include")
-    for place in places:
-        if (place / _HEADER).exists():
-            return place
-    raise FileNotFoundError(f"there is no {_HEADER}; install a CUDA toolkit, or set CUDA_HOME")
+    return build(_SOURCE, ["torch_cuda", "c10_cuda", "c10"], [toolkit_headers()])

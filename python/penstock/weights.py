@@ -77,6 +77,13 @@ class Slot:
         assert held is not None
         return held
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the module still holds a tensor under one of the names."""
+        return any(
+            (owner._parameters if self.is_parameter else owner._buffers).get(name) is tensor
+            for owner, name in self.owners
+        )
+
 
 def open_weights(
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Weights,
@@ -127,20 +134,30 @@ def _in_files(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Source]
 
 
 def find_slots(module: nn.Module) -> list[Slot]:
-    """List the parameters and persistent buffers of a module, tied ones once, in its own order."""
+    """List the parameters and persistent buffers of a module, tied ones once, in its own order.
+
+    A tensor that is held under a persistent name and under one that is not has both owners.
+    """
     slots: dict[int, Slot] = {}
+    kept = {
+        id(tensor)
+        for owner in module.modules()
+        for held in (owner._parameters, owner._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and name not in owner._non_persistent_buffers_set
+    }
     for is_parameter in (True, False):
         for prefix, owner in module.named_modules(remove_duplicate=False):
             held = owner._parameters if is_parameter else owner._buffers
             for name, tensor in held.items():
-                if tensor is None or name in owner._non_persistent_buffers_set:
+                if tensor is None or id(tensor) not in kept:
                     continue
                 full = f"{prefix}.{name}" if prefix else name
                 seen = slots.get(id(tensor))
                 slots[id(tensor)] = Slot(
                     names=(*seen.names, full) if seen else (full,),
                     owners=(*seen.owners, (owner, name)) if seen else ((owner, name),),
-                    is_parameter=is_parameter,
+                    is_parameter=seen.is_parameter if seen else is_parameter,
                     shape=tuple(tensor.shape),
                 )
     return list(slots.values())

@@ -30,7 +30,7 @@ void use(FramesSetup& setup, LateLook& look, const Pages& pages, StreamHandle st
   std::exception_ptr error;
   try {
     const std::size_t start = pages.front() * kPage;
-    region.write_back(start, 16, stream);
+    region.note_write(start, 16, stream);
   } catch (...) {
     error = std::current_exception();
   }
@@ -74,8 +74,8 @@ TEST_P(FramesEveryCallFails, LedgerIsBalancedAndTheSameRegionWorks) {
   for (bool fired = true; fired; ++position) {
     SCOPED_TRACE("call " + std::to_string(position) + " fails");
     FramesSetup setup(kCapPages, kPages, 3);
-    std::optional<OwnedStream> stream;
-    if (GetParam()) stream.emplace(setup.spy);
+    std::optional<ReaderStream> stream;
+    if (GetParam()) stream.emplace(setup);
     const StreamHandle reader = stream ? stream->get() : kCaller;
     LateLook look(setup.bytes);
 
@@ -153,7 +153,7 @@ TEST(FramesFaults, BeginTellsOfALoadThatFailedLateAndTheNextOneWorks) {
 
 TEST(FramesFaults, BeginTellsOfALoadAheadThatFailedLate) {
   FramesSetup setup(4, 8);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   setup.region->arrange(arranged(8, 2, 2));
   for (const StreamHandle reader : {kCaller, stream.get()}) {
     setup.region->evict(pages_between(0, 8));
@@ -170,7 +170,7 @@ TEST(FramesFaults, BeginTellsOfALoadAheadThatFailedLate) {
 TEST(FramesFaults, LoadThatFailsUnderAStreamThatWaitsForItIsNotTakenForDone) {
   Gate copying;
   FramesSetup setup(2, 2);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
     run_on(copies, [&] { copying.wait(); });
@@ -180,15 +180,15 @@ TEST(FramesFaults, LoadThatFailsUnderAStreamThatWaitsForItIsNotTakenForDone) {
   look.look(*setup.region, {0}, stream.get());
   setup.region->end({0}, stream.get());
   copying.open();
-  setup.spy->stream_synchronize(stream.get());
-  EXPECT_EQ(look.looks(), 0);  // the stream learned of it
+  EXPECT_THROW(setup.spy->stream_synchronize(stream.get()), DeviceError);  // it learned of it
+  EXPECT_EQ(look.looks(), 0);
   EXPECT_THROW(setup.region->begin({0}, stream.get()), DeviceError);
   EXPECT_TRUE(reads_right(setup, {0}));
 }
 
 TEST(FramesFaults, LoadThatFailedTakesNothingFromItsNeighbours) {
   FramesSetup setup(2, 4);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.region->arrange(arranged(4, 0, 2));  // 0 2 | 1 3
   setup.spy->on_copy = [](std::uintptr_t, std::size_t, StreamHandle copies) {
@@ -210,7 +210,7 @@ TEST(FramesFaults, BeginThatFailsTakesNothingFromAnotherReaderOfThePage) {
   Gate copying;
   Gate reading;
   FramesSetup setup(1, 2);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
     run_on(copies, [&] { copying.wait(); });
@@ -233,7 +233,7 @@ TEST(FramesFaults, BeginThatFailsTakesNothingFromAnotherReaderOfThePage) {
 
 TEST(FramesFaults, FailedStepDoesNotKeepItsPages) {
   FramesSetup setup(2, 4);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   setup.region->arrange(arranged(4, 0, 2));
   setup.region->begin({0, 1}, stream.get());
   run_on(stream.get(), [] { throw DeviceError("matmul", 1, "the step failed"); });
@@ -245,7 +245,7 @@ TEST(FramesFaults, FailedStepDoesNotKeepItsPages) {
 
 TEST(FramesFaults, FailureOfAStepIsNotThatOfTheNextLoad) {
   FramesSetup setup(1, 2);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   setup.region->arrange(arranged(2, 0, 1));
   setup.region->begin({0}, stream.get());
   run_on(stream.get(), [] { throw DeviceError("matmul", 1, "the step failed"); });
@@ -270,7 +270,7 @@ TEST(FramesFaults, TierThatCannotReadIsToldAndAskedAgain) {
 
 TEST(FramesFaults, RegionWaitsForWorkUnderWayWhenItGoes) {
   FramesSetup setup(3, 6);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.spy->on_copy = [](std::uintptr_t, std::size_t, StreamHandle copies) {
     run_on(copies, [] { std::this_thread::sleep_for(milliseconds(3)); });
@@ -295,7 +295,7 @@ TEST(FramesFaults, RegionWaitsForWorkUnderWayWhenItGoes) {
 
 TEST(FramesCapture, PagesThatACaptureLoadsAreNotInPlaceAfterIt) {
   FramesSetup setup(4, 6);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   FramesRegion& region = *setup.region;
   region.arrange(arranged(6, 2, 2));
   EXPECT_TRUE(reads_right(setup, {0, 2}));
@@ -338,7 +338,7 @@ struct FramesCaptured : ::testing::Test {
   }
 
   FramesSetup setup{4, 8};
-  OwnedStream stream{setup.spy};
+  ReaderStream stream{setup};
   FramesRegion& region = *setup.region;
   std::map<std::string, std::uint64_t> before;
 };
@@ -381,7 +381,7 @@ TEST(FramesCapture, LateFailureBeforeACaptureIsNotForgotten) {
 
 TEST(FramesCapture, PagesStayWhereTheyAreDuringAReplayAndAreMissedAfterTheyWereMoved) {
   FramesSetup setup(4, 4);
-  const OwnedStream graph(setup.spy);
+  const ReaderStream graph(setup);
   FramesRegion& region = *setup.region;
   region.arrange(arranged(4, 3, 1));
   region.prepare_capture();
@@ -399,8 +399,8 @@ TEST(FramesCapture, PagesStayWhereTheyAreDuringAReplayAndAreMissedAfterTheyWereM
 
 TEST(FramesCapture, ReplaysAndOtherUsesWaitForEachOther) {
   FramesSetup setup(2, 4);
-  const OwnedStream graph(setup.spy);
-  const OwnedStream eager(setup.spy);
+  const ReaderStream graph(setup);
+  const ReaderStream eager(setup);
   LateLook look(setup.bytes);
   FramesRegion& region = *setup.region;
   region.arrange(arranged(4, 0, 2));

@@ -112,6 +112,37 @@ TEST(FramesArrange, IsRefusedWhilePagesAreInUse) {
   EXPECT_NO_THROW(setup.region->arrange(arranged(8, 2, 2)));
 }
 
+TEST(FramesArrange, WaitsAMomentForPagesThatAnotherThreadUses) {
+  FramesSetup setup(8, 8);
+  setup.region->begin({3}, kCaller);
+  setup.region->begin({3, 4}, kCaller);
+  Running ends([&] {
+    std::this_thread::sleep_for(milliseconds(20));
+    setup.region->end({3}, kCaller);
+    std::this_thread::sleep_for(milliseconds(20));
+    setup.region->end({3, 4}, kCaller);
+  });
+  EXPECT_NO_THROW(setup.region->arrange(arranged(8, 2, 2)));
+  ends.join();
+  EXPECT_EQ(setup.region->frame_count(), 4U);
+}
+
+TEST(FramesArrange, BeginTellsWhetherPagesGiveWay) {
+  FramesSetup setup(6, 8);
+  const auto gives_way = [&](const Pages& pages) {
+    const bool told = setup.region->begin(pages, kCaller);
+    setup.region->end(pages, kCaller);
+    return told;
+  };
+  EXPECT_TRUE(gives_way({0}));
+  EXPECT_FALSE(gives_way({}));
+  setup.region->arrange(arranged(8, 2, 3));
+  EXPECT_FALSE(gives_way({0}));
+  EXPECT_FALSE(gives_way({0, 1}));
+  EXPECT_TRUE(gives_way({1, 2}));
+  EXPECT_FALSE(gives_way({}));
+}
+
 TEST(FramesArrange, ContradictionsAreRefused) {
   FramesSetup setup(8, 4);
   EXPECT_THROW(setup.region->arrange(arranged(5, 1, 2)), std::invalid_argument);
@@ -126,7 +157,7 @@ TEST(FramesArrange, ContradictionsAreRefused) {
 
 TEST(FramesArrange, WaitsForReadersOfPagesThatMove) {
   FramesSetup setup(4, 4);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.region->arrange(arranged(4, 0, 1));
   setup.region->begin({2}, stream.get());
@@ -153,9 +184,9 @@ TEST_P(FramesUse, RandomStepsReadTheirBytesLate) {
   std::mt19937 random(static_cast<unsigned>(GetParam()));
   for (const std::size_t own : {0U, 4U}) {
     FramesSetup setup(own + 5, kPages, 100);
-    std::vector<std::unique_ptr<OwnedStream>> streams;
+    std::vector<ReaderStream> streams;
     for (std::size_t i = 0; i < stream_count; ++i) {
-      streams.push_back(std::make_unique<OwnedStream>(setup.spy));
+      streams.emplace_back(setup);
     }
     LateLook look(setup.bytes);
     setup.region->arrange(arranged(kPages, own, 5));
@@ -165,12 +196,12 @@ TEST_P(FramesUse, RandomStepsReadTheirBytesLate) {
         push_unique(pages, static_cast<PageIndex>(random() % kPages));
       }
       const StreamHandle stream =
-          streams.empty() ? kCaller : streams[random() % streams.size()]->get();
+          streams.empty() ? kCaller : streams[random() % streams.size()].get();
       setup.region->begin(pages, stream);
       look.look(*setup.region, pages, stream, microseconds(random() % 4 * 200));
       setup.region->end(pages, stream);
     }
-    for (const auto& stream : streams) setup.device->stream_synchronize(stream->get());
+    for (const auto& stream : streams) setup.device->stream_synchronize(stream.get());
     EXPECT_EQ(look.wrong(), 0);
     EXPECT_GT(look.looks(), 150);
     EXPECT_LE(setup.spy->most_frames(), static_cast<int>(own + 5));
@@ -188,7 +219,7 @@ TEST(FramesRegion, ReaderWaitsForASlowCopyAndTheHostDoesNot) {
     run_on(stream, [&] { copying.wait(); });
   };
   setup.region->arrange(arranged(4, 0, 2));
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.region->begin({0}, stream.get());  // returns with the copy under way
   look.look(*setup.region, {0}, stream.get());
@@ -210,10 +241,10 @@ TEST(FramesRegion, CopyWaitsForEveryStreamThatReadsThePlace) {
   Gate reading;
   FramesSetup setup(1, 2);
   setup.region->arrange(arranged(2, 0, 1));
-  const OwnedStream one(setup.spy);
-  const OwnedStream two(setup.spy);
+  const ReaderStream one(setup);
+  const ReaderStream two(setup);
   LateLook look(setup.bytes);
-  for (const OwnedStream* stream : {&one, &two}) {
+  for (const ReaderStream* stream : {&one, &two}) {
     setup.region->begin({0}, stream->get());
     if (stream == &one) run_on(stream->get(), [&] { reading.wait(); });
     look.look(*setup.region, {0}, stream->get());
@@ -374,7 +405,7 @@ TEST(FramesEvict, LeavesPagesInUse) {
 
 TEST(FramesEvict, WaitsForReadersAndForLoadsUnderWay) {
   FramesSetup setup(4, 4);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.region->arrange(arranged(4, 4, 0));
   setup.region->begin({0}, stream.get());
@@ -495,11 +526,11 @@ TEST(FramesTogether, CopyEndsWhereAPageIsInUseOrHasAnotherPlaceToCome) {
   EXPECT_TRUE(reads_right(setup, {6, 7, 8, 9}));
 }
 
-// ---- writing back, verifying -------------------------------------------------------------------
+// ---- writing back ------------------------------------------------------------------------------
 
 TEST(FramesWriteBack, ChangesOutliveEvictionAndReload) {
   FramesSetup setup(2, 4, 8);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   FramesRegion& region = *setup.region;
   region.arrange(arranged(4, 0, 2));
   region.begin({0, 1}, stream.get());
@@ -508,27 +539,32 @@ TEST(FramesWriteBack, ChangesOutliveEvictionAndReload) {
     std::this_thread::sleep_for(milliseconds(5));
     std::memset(region.address() + offset, 7, 10);
   });
-  region.write_back(offset, 10, stream.get());
+  region.note_write(offset, 10, stream.get());
   region.end({0, 1}, stream.get());
-  EXPECT_EQ(region.frames_stats().written_back_bytes, 10U);
-  EXPECT_TRUE(reads_right(setup, {2, 3}));  // in their places
   std::memset(setup.bytes.data() + offset, 7, 10);
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 0U);
+  EXPECT_TRUE(reads_right(setup, {2, 3}));  // in their places
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 2 * kPage);
   EXPECT_TRUE(reads_right(setup, {0, 1}));
   region.evict(pages_between(0, 4));
   EXPECT_TRUE(reads_right(setup, {0, 1}));
-  EXPECT_EQ(setup.tier->bytes(), setup.bytes);
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
 }
 
 TEST(FramesWriteBack, IsRefusedWhereItCannotBeKeptOrIsNotInUse) {
   FramesSetup setup(4, 4);
-  EXPECT_THROW(setup.region->write_back(0, 4, kCaller), ScheduleError);
+  EXPECT_NO_THROW(setup.region->require_writable());
+  EXPECT_THROW(setup.region->note_write(0, 4, kCaller), ScheduleError);
   setup.region->begin({0}, kCaller);
-  EXPECT_THROW(setup.region->write_back(kPage - 1, 2, kCaller), ScheduleError);
-  EXPECT_THROW(setup.region->write_back(4 * kPage - 1, 2, kCaller), std::out_of_range);
+  EXPECT_THROW(setup.region->note_write(kPage - 1, 2, kCaller), ScheduleError);
+  EXPECT_THROW(setup.region->note_write(4 * kPage - 1, 2, kCaller), std::out_of_range);
   setup.tier->writable = false;
-  EXPECT_THROW(setup.region->write_back(0, 4, kCaller), DeviceError);
+  EXPECT_THROW(setup.region->require_writable(), DeviceError);
+  EXPECT_THROW(setup.region->note_write(0, 4, kCaller), DeviceError);
   EXPECT_THROW(setup.region->set_writable(true), DeviceError);
   setup.region->end({0}, kCaller);
+  setup.region->flush();
+  setup.region->evict({0});
   EXPECT_EQ(setup.region->frames_stats().written_back_bytes, 0U);
 }
 
@@ -540,16 +576,17 @@ TEST(FramesWriteBack, WritableRegionKeepsAllWhereverItsPagesGo) {
     region.set_verify(verified);
     region.arrange(arranged(6, 1, 2));
     const auto change = [&](PageIndex page, std::uint8_t value) {
-      const OwnedStream stream(setup.spy);
+      const ReaderStream stream(setup);
       region.begin({page}, stream.get());
-      run_on(stream.get(), [&] {
+      run_on(stream.get(), [at = region.address() + page * kPage, value] {
         std::this_thread::sleep_for(milliseconds(2));
-        std::memset(region.address() + page * kPage, value, 100);
+        std::memset(at, value, 100);
       });
       region.end({page}, stream.get());
       std::memset(setup.bytes.data() + page * kPage, value, 100);
     };
     for (PageIndex page = 0; page < 6; ++page) change(page, static_cast<std::uint8_t>(page + 1));
+    setup.spy->stream_synchronize(setup.streams.front()->get());  // page 0 stays where it was
     EXPECT_TRUE(reads_right(setup, {0}));
     region.arrange(arranged(6, 0, 1));  // the pages move
     for (PageIndex page = 0; page < 6; ++page) {
@@ -557,7 +594,7 @@ TEST(FramesWriteBack, WritableRegionKeepsAllWhereverItsPagesGo) {
       change(page, static_cast<std::uint8_t>(page + 21));
     }
     region.evict(pages_between(0, 6));
-    EXPECT_EQ(setup.tier->bytes(), setup.bytes);
+    EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
   }
 }
 
@@ -577,6 +614,303 @@ TEST(FramesWriteBack, FailedCopyBackLosesNothing) {
   EXPECT_TRUE(reads_right(setup, {1}));
   EXPECT_TRUE(reads_right(setup, {0}));
 }
+
+// ---- pages that were written to ----------------------------------------------------------------
+
+/// Changes the first bytes of a page as work of a stream, some time after it has come to that.
+void change(FramesSetup& setup, PageIndex page, std::uint8_t value, StreamHandle stream,
+            microseconds delay = {}) {
+  FramesRegion& region = *setup.region;
+  region.require_writable();
+  region.begin({page}, stream);
+  const auto write = [at = region.address() + page * kPage, value, delay] {
+    std::this_thread::sleep_for(delay);
+    std::memset(at, value, 100);
+  };
+  if (stream.value == nullptr) {
+    write();
+  } else {
+    run_on(stream, write);
+  }
+  region.note_write(page * kPage, 100, stream);
+  region.end({page}, stream);
+  std::memset(setup.bytes.data() + page * kPage, value, 100);
+}
+
+TEST(FramesDirty, PagesAreCopiedBackOnceAndOnlyWhenTheyLeaveTheirPlace) {
+  FramesSetup setup(2, 4, 8);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(4, 0, 2));  // 0 2 | 1 3
+  for (std::uint8_t value = 1; value < 10; ++value) change(setup, 0, value, kCaller);
+  EXPECT_TRUE(reads_right(setup, {0, 1}));
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 0U);
+  EXPECT_TRUE(reads_right(setup, {2}));
+  EXPECT_EQ(region.frames_stats().written_back_bytes, kPage);
+  EXPECT_TRUE(reads_right(setup, {0}));
+  EXPECT_TRUE(reads_right(setup, {2, 3}));
+  EXPECT_EQ(region.frames_stats().written_back_bytes, kPage);  // it was only read since
+  change(setup, 3, 7, kCaller);                                // the last page, which is shorter
+  region.evict({3});
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 2 * kPage - 8);
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, FlushKeepsAllThatStreamsHaveWrittenAndLeavesPagesInPlace) {
+  FramesSetup setup(4, 4);
+  const ReaderStream one(setup);
+  const ReaderStream two(setup);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(4, 4, 0));
+  change(setup, 0, 1, one.get(), milliseconds(10));
+  change(setup, 1, 2, two.get(), milliseconds(5));
+  EXPECT_TRUE(reads_right(setup, {2}));
+  region.flush();
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 2 * kPage);
+  region.flush();
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 2 * kPage);
+  EXPECT_TRUE(reads_right(setup, {0, 1, 2}));
+  EXPECT_EQ(setup.loads(), 3U);
+  change(setup, 0, 3, one.get(), milliseconds(5));
+  region.flush();
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, FlushKeepsWhatWasWrittenToPagesStillInUse) {
+  FramesSetup setup(2, 2);
+  const ReaderStream stream(setup);
+  FramesRegion& region = *setup.region;
+  region.begin({0}, stream.get());
+  run_on(stream.get(), [at = region.address()] {
+    std::this_thread::sleep_for(milliseconds(20));
+    std::memset(at, 7, 100);
+  });
+  region.note_write(0, 100, stream.get());
+  region.flush();  // by another thread, between the two
+  region.end({0}, stream.get());
+  std::memset(setup.bytes.data(), 7, 100);
+  region.evict({0});
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, PageThatIsMovedOrEvictedWaitsForItsCopyBack) {
+  for (const bool evicted : {false, true}) {
+    SCOPED_TRACE(evicted ? "evicted" : "moved");
+    Gate copying;
+    FramesSetup setup(2, 4);
+    const ReaderStream stream(setup);
+    FramesRegion& region = *setup.region;
+    region.arrange(arranged(4, 0, 1));
+    change(setup, 0, 1, kCaller);
+    setup.spy->on_copy = [&](std::uintptr_t, std::size_t, StreamHandle copies) {
+      run_on(copies, [&] { copying.wait(); });
+    };
+    LateLook look(setup.bytes);
+    region.begin({2}, stream.get());  // in place of 0, which is copied back before it
+    look.look(region, {2}, stream.get());
+    if (evicted) region.end({2}, stream.get());
+    Running opens([&] {
+      std::this_thread::sleep_for(milliseconds(20));
+      copying.open();
+    });
+    if (evicted) {
+      region.evict({0});  // its addresses, through which it is being copied
+    } else {
+      region.begin({0}, stream.get());  // on another frame
+      look.look(region, {0}, stream.get());
+      region.end({0}, stream.get());
+      region.end({2}, stream.get());
+    }
+    opens.join();
+    setup.spy->stream_synchronize(stream.get());
+    region.evict(pages_between(0, 4));
+    EXPECT_EQ(look.wrong(), 0);
+    EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+  }
+}
+
+TEST(FramesDirty, ArrangingAndGivingFramesToOthersKeepsThem) {
+  FramesSetup setup(4, 6);
+  const ReaderStream stream(setup);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(6, 2, 2));
+  for (PageIndex page = 0; page < 4; ++page) {
+    change(setup, page, static_cast<std::uint8_t>(page + 1), stream.get(), milliseconds(3));
+  }
+  region.arrange(arranged(6, 0, 1));
+  for (PageIndex page = 0; page < 6; ++page) EXPECT_TRUE(reads_right(setup, {page}));
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+  change(setup, 5, 9, stream.get(), milliseconds(3));
+  region.set_active(false);
+  EXPECT_TRUE(setup.pool->make_room(4 * kPage, nullptr));
+  EXPECT_EQ(region.frame_count(), 0U);
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, AreKeptBesideReplays) {
+  FramesSetup setup(2, 4);
+  const ReaderStream graph(setup);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(4, 0, 2));
+  region.prepare_capture();
+  region.begin_capture(graph.get());
+  region.end_capture(graph.get());
+  for (std::uint8_t round = 1; round < 4; ++round) {
+    change(setup, 0, round, kCaller);
+    region.before_replay(graph.get(), region.mappings());
+    LateLook look(setup.bytes);  // what a graph does: it copies from the tier
+    setup.spy->copy(region.address(), setup.tier->bytes().data(), kPage, graph.get());
+    look.look(region, {0}, graph.get());
+    region.after_replay(graph.get());
+    setup.spy->stream_synchronize(graph.get());
+    EXPECT_EQ(look.wrong(), 0);
+    EXPECT_TRUE(reads_right(setup, {0}));
+    EXPECT_TRUE(reads_right(setup, {1}));
+  }
+  change(setup, 1, 9, kCaller);
+  region.prepare_capture();
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, CapturedWritesAreCopiedByTheCapture) {
+  FramesSetup setup(2, 2);
+  const ReaderStream graph(setup);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(2, 2, 0));
+  region.prepare_capture();
+  region.begin_capture(graph.get());
+  change(setup, 1, 5, graph.get(), milliseconds(2));
+  EXPECT_EQ(region.frames_stats().written_back_bytes, 100U);
+  region.end_capture(graph.get());
+  setup.spy->stream_synchronize(graph.get());
+  EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+}
+
+TEST(FramesDirty, CopyBackThatFailsOnItsStreamIsToldAndTriedAgain) {
+  for (const bool evicted : {false, true}) {
+    SCOPED_TRACE(evicted ? "evicted" : "flushed");
+    FramesSetup setup(2, 2);
+    change(setup, 0, 5, kCaller);
+    setup.spy->fail_late(1);
+    const auto keep = [&] {
+      if (evicted) {
+        setup.region->evict({0});
+      } else {
+        setup.region->flush();
+      }
+    };
+    EXPECT_THROW(keep(), DeviceError);
+    EXPECT_TRUE(reads_right(setup, {0}));
+    keep();
+    EXPECT_TRUE(setup.tier->bytes() == setup.bytes);
+  }
+}
+
+// ---- events behind uses ------------------------------------------------------------------------
+
+TEST(FramesEvents, ManyUsesOfPagesThatStayRecordNone) {
+  FramesSetup setup(6, 8);
+  const ReaderStream stream(setup);
+  setup.region->arrange(arranged(8, 4, 2));
+  EXPECT_TRUE(reads_right(setup, {0, 1, 2, 3}));
+  const auto before = setup.device->calls()["event_record"];
+  for (int use = 0; use < 1000; ++use) {
+    for (const StreamHandle reader : {kCaller, stream.get()}) {
+      setup.region->begin({static_cast<PageIndex>(use % 4)}, reader);
+      setup.region->end({static_cast<PageIndex>(use % 4)}, reader);
+    }
+  }
+  EXPECT_EQ(setup.device->calls()["event_record"], before);
+}
+
+TEST(FramesEvents, OneIsRecordedForAllUsesOfAStreamThatALoadWaitsFor) {
+  FramesSetup setup(4, 8);
+  const ReaderStream stream(setup);
+  setup.region->arrange(arranged(8, 0, 4));
+  setup.region->set_schedule({{4, 5, 6, 7}});
+  for (int use = 0; use < 100; ++use) {
+    setup.region->begin({static_cast<PageIndex>(use % 4)}, stream.get());
+    setup.region->end({static_cast<PageIndex>(use % 4)}, stream.get());
+  }
+  auto records = [&, before = setup.device->calls()["event_record"]]() mutable {
+    const auto now = setup.device->calls()["event_record"];
+    return now - std::exchange(before, now);
+  };
+  // Behind the uses; behind what the copies waited for, on the host; behind the copy.
+  EXPECT_EQ(setup.region->load_ahead({4}), 1U);
+  EXPECT_EQ(records(), 3U);
+  EXPECT_EQ(setup.region->load_ahead({5, 6, 7}), 3U);  // what they wait for has an event
+  EXPECT_EQ(records(), 6U);
+}
+
+TEST(FramesEvents, EventThatWasRecordedBeforeALaterUseIsNotTakenForIt) {
+  Gate reading;
+  FramesSetup setup(2, 4);
+  const ReaderStream stream(setup);
+  LateLook look(setup.bytes);
+  setup.region->arrange(arranged(4, 0, 2));  // 0 2 | 1 3
+  setup.region->set_schedule({{3}});
+  setup.region->begin({0, 1}, stream.get());
+  setup.region->end({0, 1}, stream.get());
+  EXPECT_TRUE(reads_right(setup, {2}));  // an event behind the use of 0 and 1
+  setup.region->begin({1}, stream.get());
+  run_on(stream.get(), [&] { reading.wait(); });
+  look.look(*setup.region, {1}, stream.get());
+  setup.region->end({1}, stream.get());
+  EXPECT_EQ(setup.region->load_ahead({3}), 1U);  // in place of 1
+  std::this_thread::sleep_for(milliseconds(10));
+  EXPECT_TRUE(right_now(*setup.region, setup.bytes, 1));
+  reading.open();
+  EXPECT_TRUE(reads_right(setup, {2}));
+  setup.spy->stream_synchronize(setup.region->copy_stream());
+  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(look.wrong(), 0);
+  EXPECT_TRUE(right_now(*setup.region, setup.bytes, 3));
+}
+
+TEST(FramesEvents, PageIsNotOverwrittenBeforeItsLastReadersOfManyStreamsAreDone) {
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    std::mt19937 random(seed);
+    FramesSetup setup(3, 9);
+    std::vector<ReaderStream> streams;
+    for (int i = 0; i < 4; ++i) streams.emplace_back(setup);
+    LateLook look(setup.bytes);
+    setup.region->arrange(arranged(9, 1, 2));
+    setup.region->set_schedule({{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8}});
+    for (int use = 0; use < 60; ++use) {
+      const auto page = static_cast<PageIndex>(random() % 9);
+      const StreamHandle stream = streams[random() % 4].get();
+      setup.region->begin({page}, stream);
+      look.look(*setup.region, {page}, stream, microseconds(random() % 3 * 300));
+      setup.region->end({page}, stream);
+      setup.region->advance(static_cast<StepIndex>(random() % 5));
+      static_cast<void>(setup.region->load_ahead({static_cast<PageIndex>(random() % 9)}));
+    }
+    for (const auto& stream : streams) setup.spy->stream_synchronize(stream.get());
+    EXPECT_EQ(look.wrong(), 0);
+    EXPECT_EQ(look.looks(), 60);
+  }
+}
+
+TEST(FramesEvents, EventThatCannotBeRecordedFailsTheLoadAndTakesNothing) {
+  FramesSetup setup(1, 2);
+  const ReaderStream stream(setup);
+  LateLook look(setup.bytes);
+  setup.region->arrange(arranged(2, 0, 1));
+  setup.region->begin({0}, stream.get());
+  look.look(*setup.region, {0}, stream.get(), milliseconds(10));
+  setup.region->end({0}, stream.get());
+  setup.device->fail_nth_call_of("event_record", 0);
+  EXPECT_THROW(setup.region->begin({1}, kCaller), DeviceError);
+  EXPECT_TRUE(setup.device->fired());
+  EXPECT_EQ(setup.region->stats().pinned_pages, 0U);
+  EXPECT_TRUE(reads_right(setup, {1}));  // after the reader still
+  setup.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(look.looks(), 1);
+  EXPECT_EQ(look.wrong(), 0);
+}
+
+// ---- verifying ---------------------------------------------------------------------------------
 
 TEST(FramesVerify, FindsACopyThatIsNotItsSource) {
   FramesSetup setup(2, 4, 10);
@@ -599,7 +933,7 @@ TEST(FramesVerify, PoisonsSharedPagesOnceTheyWereUsed) {
   FramesSetup setup(2, 3);
   setup.region->arrange(arranged(3, 1, 1));
   setup.region->set_verify(true);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   LateLook look(setup.bytes);
   setup.region->begin({0, 1}, stream.get());
   look.look(*setup.region, {0, 1}, stream.get(), milliseconds(5));
@@ -617,7 +951,7 @@ TEST(FramesVerify, PoisonDoesNotOutliveTheMapping) {
   FramesSetup setup(2, 4);
   setup.region->arrange(arranged(4, 0, 2));
   setup.region->set_verify(true);
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   setup.region->begin({0, 1}, stream.get());
   run_on(stream.get(), [] { std::this_thread::sleep_for(milliseconds(10)); });
   setup.region->end({0, 1}, stream.get());

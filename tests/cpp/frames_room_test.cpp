@@ -145,7 +145,7 @@ TEST(FramesRoom, BytesAreRightWhileOthersTakeAndGiveBack) {
       std::this_thread::sleep_for(microseconds(random() % 300));
     }
   });
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   for (int pass = 0; pass < 30; ++pass) {
     for (StepIndex step = 0; step < steps.size(); ++step) {
       setup.region->advance(step);

@@ -508,16 +508,16 @@ TEST(ManagedPager, WhatWasWrittenIsKeptInWholeBlocksOfAReadMostlyRegion) {
   };
   const auto region = setup.pager->reserve(2 * kBlock + kPage + 5, Access::kReadMostly);
   const auto start = reinterpret_cast<std::uintptr_t>(region->address());
-  region->write_back(1, 1, kCaller);
-  region->write_back(kBlock - 1, 2, kCaller);
-  region->write_back(2 * kBlock + 1, kPage, kCaller);  // the last block is a short one
-  region->write_back(100, 0, kCaller);
+  region->note_write(1, 1, kCaller);
+  region->note_write(kBlock - 1, 2, kCaller);
+  region->note_write(2 * kBlock + 1, kPage, kCaller);  // the last block is a short one
+  region->note_write(100, 0, kCaller);
   EXPECT_EQ(kept, (std::vector<Range>{
                       {start, kBlock}, {start, 2 * kBlock}, {start + 2 * kBlock, kPage + 4096}}));
-  EXPECT_THROW(region->write_back(2 * kBlock, kPage + 6, kCaller), std::out_of_range);
+  EXPECT_THROW(region->note_write(2 * kBlock, kPage + 6, kCaller), std::out_of_range);
   kept.clear();
   const auto writable = setup.pager->reserve(kBlock, Access::kReadWrite);
-  writable->write_back(0, 100, kCaller);
+  writable->note_write(0, 100, kCaller);
   EXPECT_TRUE(kept.empty());
 }
 

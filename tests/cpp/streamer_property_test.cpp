@@ -30,7 +30,7 @@ class Life {
         setup_(cap_, page_count_, between(0, 5000)),
         look_(setup_.bytes) {
     for (std::size_t i = between(1, 3); i > 0; --i) {
-      streams_.push_back(std::make_unique<OwnedStream>(setup_.spy));
+      streams_.emplace_back(setup_);
     }
     for (const char* name : {"event_record", "event_wait", "copy", "map"}) {
       if (one_in(2)) setup_.device->delay_calls_of(name, microseconds(between(1, 30)));
@@ -67,7 +67,7 @@ class Life {
       }
     }
     if (one_in(2)) setup_.region.reset();  // with work under way
-    for (const auto& stream : streams_) setup_.spy->stream_synchronize(stream->get());
+    for (const auto& stream : streams_) setup_.spy->stream_synchronize(stream.get());
     setup_.region.reset();
     EXPECT_EQ(look_.wrong(), 0);
     EXPECT_EQ(setup_.budget->stats().used, 0U);
@@ -85,7 +85,7 @@ class Life {
   bool one_in(std::size_t n) { return between(1, n) == 1; }
   PageIndex any_page() { return static_cast<PageIndex>(between(0, page_count_ - 1)); }
   StreamHandle any_stream() {
-    return one_in(6) ? kCaller : streams_[between(0, streams_.size() - 1)]->get();
+    return one_in(6) ? kCaller : streams_[between(0, streams_.size() - 1)].get();
   }
 
   void arrange() {
@@ -154,7 +154,7 @@ class Life {
   std::size_t cap_;
   FramesSetup setup_;
   LateLook look_;
-  std::vector<std::unique_ptr<OwnedStream>> streams_;
+  std::vector<ReaderStream> streams_;
   std::vector<Pages> steps_;
   std::vector<StepId> order_;
 };

@@ -164,7 +164,7 @@ TEST(Streamer, PrefetchBeforeTheFirstPassLeavesNothingToMiss) {
 
 TEST(Streamer, LateReadersOnAStreamOfTheirOwnAreWaitedFor) {
   FramesStreaming run(1, 3, steps_of(10, 1), 10);
-  const OwnedStream stream(run.spy);
+  const ReaderStream stream(run);
   for (int pass = 0; pass < 3; ++pass) run.run_pass(stream.get(), microseconds(300));
   run.spy->stream_synchronize(stream.get());
   EXPECT_EQ(run.look.looks(), 30);
@@ -175,7 +175,7 @@ TEST(Streamer, LateReadersOnAStreamOfTheirOwnAreWaitedFor) {
 
 TEST(Streamer, OtherOrdersReadRightBytesAndTheCursorRecovers) {
   FramesStreaming run(1, 4, steps_of(12, 1), 12);
-  const OwnedStream stream(run.spy);
+  const ReaderStream stream(run);
   const std::vector<std::vector<StepId>> passes = {
       {0, 1, 2, 5, 6, 7, 8, 9, 10, 11},                     // skipped
       {0, 1, 1, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 11},  // repeated
@@ -206,38 +206,34 @@ TEST(Streamer, StepsOutsideTheOrderAreCountedAndReadRight) {
   EXPECT_EQ(run.streamer.stats().unscheduled, 2U);
   EXPECT_GT(run.streamer.passes().back().misses, 0U);
   EXPECT_EQ(run.streamer.passes().back().unscheduled, 2U);
-  run.streamer.begin_pages({2, 7}, kCaller);
-  run.look.look(*run.region, {2, 7}, kCaller);
-  run.streamer.end_pages({2, 7}, kCaller);
-  EXPECT_EQ(run.streamer.stats().unscheduled, 3U);
-  EXPECT_EQ(run.look.wrong(), 0);
-}
-
-// Who begins a step may be interrupted before it has noted that.
-TEST(Streamer, StepsThatWereLeftOpenEndWithThePass) {
-  FramesStreaming run(1, 4, steps_of(12, 1), 12);
-  for (int pass = 0; pass < 3; ++pass) {
-    run.streamer.begin_pass(kCaller);
-    for (StepId id = 0; id < 3; ++id) run.streamer.begin(id, kCaller);
-    run.streamer.end(1, kCaller);
-    if (pass != 1) run.streamer.end_pass(kCaller);
-  }
-  EXPECT_EQ(run.region->stats().pinned_pages, 0U);
-  EXPECT_THROW(run.streamer.end(0, kCaller), ScheduleError);
-  run.run_pass();
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
 TEST(Streamer, WhatOtherReadsTookIsLoadedAheadAgain) {
   FramesStreaming run(0, 4, steps_of(12, 1), 12);
+  run.steps.push_back({8, 9, 10});
+  run.streamer.define(12, run.steps.back());
   run.streamer.prefetch();
   run.streamer.begin_pass(kCaller);
   for (StepId id = 0; id < 3; ++id) run.run_one(id);
-  run.streamer.begin_pages({8, 9, 10}, kCaller);  // where 4, 5 and 6 were
-  run.streamer.end_pages({8, 9, 10}, kCaller);
+  run.run_one(12);  // where 4, 5 and 6 were
   for (StepId id = 3; id < 12; ++id) run.run_one(id);
   run.streamer.end_pass(kCaller);
   EXPECT_EQ(run.streamer.stats().misses, 3U);
+  EXPECT_EQ(run.look.wrong(), 0);
+}
+
+TEST(Streamer, StepMayStandAtThePlaceOfAnother) {
+  FramesStreaming run(0, 4, steps_of(12, 1), 12);
+  run.steps.push_back({5});
+  run.streamer.define(12, run.steps.back());
+  run.streamer.begin(12, 5, kCaller);
+  run.look.look(*run.over, {5}, kCaller);
+  run.streamer.end(12, kCaller);
+  EXPECT_EQ(run.tier->fetches(), (Pages{5, 6, 7, 8, 9}));  // ahead of 5
+  for (StepId id = 6; id < 12; ++id) run.run_one(id);
+  EXPECT_EQ(run.streamer.stats().unscheduled, 0U);
+  EXPECT_EQ(run.streamer.stats().misses, 1U);
   EXPECT_EQ(run.look.wrong(), 0);
 }
 
@@ -277,7 +273,7 @@ TEST(Streamer, NestedStepsKeepTheirPages) {
   setup.region->arrange(arranged(9, 1, 3));
   // 0 around 1, 2 and 3; 5 alone.
   run.streamer.follow({0, 1, 2, 3, 4}, {{0, 8}, {0, 1, 8}, {0, 2, 8}, {0, 3, 4, 8}, {5}});
-  const OwnedStream stream(setup.spy);
+  const ReaderStream stream(setup);
   for (int pass = 0; pass < 5; ++pass) {
     run.streamer.begin_pass(stream.get());
     run.streamer.begin(0, stream.get());
@@ -320,7 +316,7 @@ TEST(Streamer, StepsThatWereNotDefinedAreRefused) {
 TEST(Streamer, CaptureLoadsWhatThePassNeedsAndNothingBeyondIt) {
   FramesStreaming run(2, 3, steps_of(9, 1), 9);
   run.run_pass();
-  const OwnedStream stream(run.spy);
+  const ReaderStream stream(run);
   FramesRegion& region = *run.region;
   for (int capture = 0; capture < 2; ++capture) {
     region.prepare_capture();
@@ -343,7 +339,7 @@ TEST(Streamer, CaptureLoadsWhatThePassNeedsAndNothingBeyondIt) {
 std::vector<Pages> fetched_by_step(FramesStreaming& run) {
   run.tier->together = true;
   run.region->prepare_capture();
-  const OwnedStream stream(run.spy);
+  const ReaderStream stream(run);
   run.streamer.set_capturing(true);
   run.region->begin_capture(stream.get());
   std::size_t known = run.tier->fetches().size();
@@ -380,6 +376,39 @@ TEST(Streamer, CaptureHasACopyBehindTheOneThatAStepWaitsFor) {
   Pages all;
   for (const Pages& pages : fetched) all.insert(all.end(), pages.begin(), pages.end());
   EXPECT_EQ(all, pages_between(0, 12));
+}
+
+// ---- steps of several threads ------------------------------------------------------------------
+
+TEST(StreamerThreads, StepThatCannotFitBesideThoseOfItsOwnThreadIsRefusedAtOnce) {
+  FramesSetup setup(3, 8);
+  Streaming run(setup.region, setup.bytes, {{0, 1}, {2, 3}, {4, 5, 6, 7}});
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_THROW(run.streamer.begin(2, kCaller), CapExceededError);  // never at all
+  run.streamer.begin(0, kCaller);
+  EXPECT_THROW(run.streamer.begin(1, kCaller), CapExceededError);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(2));
+  run.streamer.end(0, kCaller);
+  run.run_one(1);
+}
+
+TEST(StreamerThreads, EachEndsItsOwnStep) {
+  FramesSetup setup(4, 4);
+  const ReaderStream stream(setup);
+  Streaming run(setup.region, setup.bytes, {{0}, {1}});
+  run.streamer.begin(0, kCaller);
+  Running other([&] {
+    EXPECT_THROW(run.streamer.end(0, kCaller), ScheduleError);
+    run.streamer.begin(0, stream.get());
+    run.streamer.begin(1, stream.get());
+    run.streamer.end(0, stream.get());
+    EXPECT_THROW(run.streamer.end(0, stream.get()), ScheduleError);
+    run.streamer.end(1, stream.get());
+  });
+  other.join();
+  EXPECT_EQ(setup.region->stats().pinned_pages, 1U);
+  run.streamer.end(0, kCaller);
+  EXPECT_EQ(setup.region->stats().pinned_pages, 0U);
 }
 
 // ---- figures -----------------------------------------------------------------------------------
@@ -447,7 +476,7 @@ TEST(Streamer, TraceHasASpanOfEveryStepLoadEvictionAndStall) {
 TEST(Streamer, TimesOfStepsOnOtherStreamsAreReadWhenTheyAreOver) {
   Gate gate;
   FramesStreaming run(0, 4, steps_of(8, 1), 8);
-  const OwnedStream slow(run.spy);
+  const ReaderStream slow(run);
   run.streamer.set_trace(true);
   run.streamer.begin_pass(kCaller);
   run_on(slow.get(), [&] { gate.wait(); });
@@ -488,7 +517,7 @@ TEST(Streamer, EveryCallFailsAndTheNextPassesWork) {
   for (bool fired = true; fired; ++position) {
     SCOPED_TRACE("call " + std::to_string(position) + " fails");
     FramesStreaming run(1, 3, steps_of(6, 1), 6);
-    const OwnedStream stream(run.spy);
+    const ReaderStream stream(run);
     run.streamer.set_trace(true);
     run.device->fail_nth_call(position);
     bool told = false;

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, DeviceError, _core, hard_cap, out_of_memory, torch_allocator
+from penstock import (
+    CapExceededError,
+    DeviceError,
+    _core,
+    built,
+    hard_cap,
+    out_of_memory,
+    torch_allocator,
+)
 from penstock.hard_cap import HardCap
 from penstock.torch_hook import nested_stats
 from python.support import same_bits
@@ -305,12 +313,13 @@ def test_what_cannot_be_built_for_torchs_allocator_changes_nothing(
     if missing == "headers":
         (tmp_path / "lib" / "libtorch_cuda.so").touch()
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(torch_allocator.cpp_extension, "CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(torch_allocator.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(built, "_HEADER", "missing_cuda_runtime_api.h")
     with caplog.at_level(logging.WARNING):
         assert not torch_allocator.change_to_own(_core.__file__)
     assert "benchmark mode stays off" in caplog.text
-    assert ("without CUDA" if missing == "libtorch_cuda" else "cuda_runtime_api.h") in caplog.text
+    assert (
+        "without CUDA" if missing == "libtorch_cuda" else "missing_cuda_runtime_api.h"
+    ) in caplog.text
 
 
 def test_core_has_the_functions_that_torchs_allocator_calls() -> None:

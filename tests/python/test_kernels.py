@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from penstock import CapExceededError, Kernel, MemoryManager, ModelError, ScheduleError
+from penstock import CapExceededError, Kernel, MemoryManager, ModelError
 from python.support import KIB, PAGERS, build, pinned_pages, same_bits, state_of
 
 PAGE = 64 * KIB
@@ -132,15 +132,34 @@ def test_what_cannot_be_is_refused(pager: str) -> None:
             rig.manager.register_kernel("*.up", rig.linear)
         assert not isinstance(rig.manager._models["m"].binding.module[1].up.forward, Kernel)
 
-    def register(module: Any, x: torch.Tensor) -> torch.Tensor:
-        with pytest.raises(ScheduleError, match="its kernels can change when the call has ended"):
-            rig.manager.register_kernel("1.up", rig.linear)
-        return rig.linear(module, x)
-
-    with rig.manager.use("m") as module, rig.manager.register_kernel("0.up", register):
-        rig.check(module, 2)
     with rig.manager.use("m") as module:
         rig.check(module, 3)
+
+
+def test_kernels_come_and_go_while_the_model_is_called(pager: str) -> None:
+    rig = Rig(pager, 4)
+    later: list[Kernel] = []
+
+    def register(module: Any, x: torch.Tensor) -> torch.Tensor:
+        later.append(rig.manager.register_kernel("1.up", rig.linear))
+        return rig.linear(module, x)
+
+    def remove(module: Any, x: torch.Tensor) -> torch.Tensor:
+        later.pop().remove()
+        return rig.linear(module, x)
+
+    with (
+        rig.manager.use("m") as module,
+        rig.manager.register_kernel("0.up", register),
+        rig.manager.register_kernel("2.up", remove),
+    ):
+        for calls in (3, 6):
+            rig.check(module)
+            assert rig.calls == calls
+            assert not later
+    with rig.manager.use("m") as module:
+        rig.check(module, 3)
+    assert rig.calls == 6
 
 
 def test_a_kernel_whose_weights_do_not_fit_together_is_told(pager: str) -> None:

@@ -11,10 +11,9 @@ import pytest
 from penstock.memory import ModelMemory
 from penstock.parts import Parts
 from penstock.planning import Planning
-from penstock.steps import Order, Steps
 
 PASSES = 6  # between looks
-ORDER = Order(((0, ()), (1, ())))
+ORDER = (0, 1)
 
 
 @dataclass
@@ -41,11 +40,19 @@ class Streamer:
         return self.traced
 
 
+class Paged:
+    """Knows two steps, of a page each."""
+
+    def pages(self, step: int) -> list[int]:
+        return [step]
+
+
 @dataclass
 class Memory:
     """Notes by which times it is planned."""
 
     streamer: Streamer
+    paged: Paged = field(default_factory=Paged)
     planned: list[list[float]] = field(default_factory=list)
     asked: list[list[float]] = field(default_factory=list)
     gains: bool = True
@@ -63,11 +70,9 @@ class Memory:
 def settled(traced: list[float]) -> tuple[Planning, Memory]:
     """Plan as runners do, with these times in the traced pass."""
     memory = Memory(Streamer(traced))
-    own = [frozenset({0}), frozenset({1})]
-    steps = Steps(["a", "b"], own, {}, [(0,), (1,)])
-    planning = Planning("m", steps, cast(ModelMemory, memory), trace=False)
+    planning = Planning("m", cast(ModelMemory, memory), trace=False)
     for _ in range(5):
-        planning.improve(ORDER, steady=True)
+        planning.improve(ORDER)
     assert planning.settled(ORDER)
     assert memory.planned[-1] == traced
     return planning, memory

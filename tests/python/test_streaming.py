@@ -114,9 +114,14 @@ def test_a_model_that_fits_is_loaded_once() -> None:
         assert rig.memory.loaded_bytes == LAYERS * PAGE
         assert rig.memory.ring_bytes == 0
         assert all(type(each) is nn.Parameter for each in module.parameters())
-        passes = rig.memory.passes
+        rig.manager.pager.synchronize()
+        before = rig.memory
         rig.check(module, 3)
-        assert rig.memory.passes == passes, "it runs freely"
+        after = rig.memory
+        assert after.passes == before.passes + 3
+        assert after.loaded_bytes == before.loaded_bytes
+        assert after.misses == before.misses
+        assert after.unscheduled == 0
     rig.end()
 
 
@@ -163,14 +168,13 @@ def test_report_and_schedule_say_what_happens() -> None:
     assert memory.last_pass is not None
     assert memory.last_pass.seconds > 0
     assert memory.last_pass.stall_seconds >= 0
-    assert memory.last_pass.longest_stall[0] in [str(i) for i in range(LAYERS)] + [
-        "the model itself"
-    ]
+    assert memory.last_pass.longest_stall[0] in {f"aten::mm {i}.weight" for i in range(LAYERS)}
     lines = schedule.splitlines()
     assert len(lines) == LAYERS
     for number, line in enumerate(lines):
         size = ["64.00", "KiB"]
-        assert line.split() == [str(number), str(number), str(number), *size, f"{number}.weight"]
+        weight = f"{number}.weight"
+        assert line.split() == [str(number), "aten::mm", weight, str(number), *size, weight]
 
 
 def test_schedule_of_a_model_without_weights() -> None:
@@ -195,7 +199,7 @@ def test_timeline_is_a_chrome_trace(tmp_path: Path) -> None:
     assert {event["ts"] for event in overwritten} <= loads
     assert all(event["dur"] >= 0 for event in spans)
     steps = [event["name"] for event in spans if event["cat"] == "steps"]
-    assert set(steps) >= {str(i) for i in range(LAYERS)}
+    assert set(steps) == {f"aten::mm {i}.weight" for i in range(LAYERS)}
     assert sum(event["cat"] == "passes" for event in spans) >= 2
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert names >= {"m", "passes", "steps", "loads"}
@@ -569,7 +573,8 @@ def test_calls_of_the_device_that_fail_leave_the_manager_usable(name: str) -> No
         with rig.manager.use("m") as module:
             rig.check(module, 2)
         assert rig.manager.stats().used == 0
-    assert failed > 0
+    # A copy ahead that failed is made again on demand, so nobody need hear of it.
+    assert failed > 0 or name == "copy"
     rig.end()
 
 

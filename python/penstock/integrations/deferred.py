@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from penstock.checkpoint import TensorEntry
 from penstock.errors import CheckpointError, ModelError
-from penstock.operations import METADATA
+from penstock.integrations.metadata import METADATA
 from penstock.weights import Source
 
 __all__ = ["Deferred", "defer", "source_of"]

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "device/faulty_device.hpp"
+#include "device/handles.hpp"
 #include "pager/frames_region.hpp"
 #include "support/fake_tier.hpp"
 #include "support/files.hpp"
@@ -36,10 +37,23 @@ struct FramesSetup {
   Bytes bytes;
   std::shared_ptr<SpyingDevice> spy = std::make_shared<SpyingDevice>();
   std::shared_ptr<FaultyDevice> device = std::make_shared<FaultyDevice>(spy);
+  std::vector<std::unique_ptr<OwnedStream>> streams;  // they outlive the region
   std::shared_ptr<Budget> budget;
   std::shared_ptr<FramePool> pool;
   std::shared_ptr<FakeTier> tier;
   std::shared_ptr<FramesRegion> region;
+};
+
+/// A stream that reads pages: it lives as long as the setup, since a region may ask any stream that
+/// has read a page where it has got to, as long as the page is mapped.
+class ReaderStream {
+ public:
+  explicit ReaderStream(FramesSetup& setup)
+      : handle_(setup.streams.emplace_back(std::make_unique<OwnedStream>(setup.spy))->get()) {}
+  StreamHandle get() const noexcept { return handle_; }
+
+ private:
+  StreamHandle handle_;
 };
 
 /// The first `own` pages on frames of their own, the others around a ring.

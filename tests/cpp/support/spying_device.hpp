@@ -35,6 +35,8 @@ class SpyingDevice : public HostDevice {
   Hook on_copy;      ///< Before each copy, on the thread that calls it; tells the target.
   Hook after_copy;   ///< The same, after the copy was given to its stream.
 
+  std::atomic<void*> captured_stream{nullptr};  ///< A stream that is said to be captured.
+
   /// Makes the next `count` prefetches or copies fail on their stream, after the call has returned.
   void fail_late(int count) { late_failures_ = count; }
 
@@ -50,6 +52,10 @@ class SpyingDevice : public HostDevice {
   std::size_t held() const {
     const std::lock_guard lock(mutex_);
     return held_;
+  }
+
+  bool stream_capturing(StreamHandle stream) override {
+    return stream.value != nullptr && stream.value == captured_stream;
   }
 
   void managed_read(void* address, const File& file, std::uint64_t offset,

@@ -1,4 +1,4 @@
-"""Reads and writes outside the schedule: right, or a clear error, over both pagers."""
+"""Reads and writes of weights by anybody, at any time: right, or refused, over both pagers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from penstock import MemoryManager, ModelError, ParameterMovedWarning
-from python.support import KIB, PAGERS, build, manager_with, pinned_pages, same_bits, state_of
+from penstock import DeviceError, MemoryManager, ModelError, ParameterMovedWarning
+from python.support import (
+    KIB,
+    PAGERS,
+    build,
+    manager_with,
+    pinned_pages,
+    run_python,
+    same_bits,
+    state_of,
+)
 
 WIDTH = 128
 CAP = 256 * KIB  # four pages, of seven
@@ -141,8 +150,10 @@ READS: dict[str, Callable[[Any], object]] = {
     "view as integers": lambda w: w.detach().view(torch.int32).sum(),
     "to": lambda w: (w.double(), w.to(torch.bfloat16), w.half()),
     "like": lambda w: (torch.zeros_like(w), w.new_zeros(3), torch.empty_like(w).shape),
-    "numpy": lambda w: torch.from_numpy(w.detach().numpy()),
-    "array": lambda w: torch.from_numpy(np.asarray(w.detach().numpy())),
+    "numpy": lambda w: torch.tensor(w.detach().numpy()),
+    "array": lambda w: torch.tensor(np.asarray(w.detach().numpy())),
+    "numpy of a part": lambda w: torch.tensor(w.detach()[3:5, ::2].numpy()),
+    "numpy by force": lambda w: torch.tensor(w.numpy(force=True)),
     "dlpack": lambda w: torch.from_dlpack(w.detach()),
     "dlpack by method": lambda w: torch.utils.dlpack.from_dlpack(w.detach().__dlpack__()),
     "dlpack of numpy": lambda w: torch.from_numpy(np.from_dlpack(w.detach()).copy()),
@@ -201,7 +212,7 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
     "diagonal": lambda w: torch.diagonal(w),
     "parameter": lambda w: nn.Parameter(w.detach()),
     "parameter of data": lambda w: nn.Parameter(w.data),
-    "numpy": lambda w: torch.from_numpy(w.detach().numpy()),
+    "dlpack": lambda w: torch.from_dlpack(w.detach()),
 }
 
 
@@ -524,7 +535,7 @@ def test_weights_that_leave_take_their_values_with_them(pager: str, in_place: bo
     pair.ours.double()
     pair.plain.double()
     x = X.double()
-    with torch.no_grad(), pytest.warns(ParameterMovedWarning, match="13 parameters"):
+    with torch.no_grad(), pytest.warns(ParameterMovedWarning, match="12 parameters"):
         assert same_bits(pair.manager.acquire("m")(x), pair.plain(x))
     assert same_bits(view + 0, wanted)
     with torch.no_grad():
@@ -554,37 +565,155 @@ def test_backward_after_weights_have_left(pair: Pair) -> None:
     assert same_bits(gradients(pair.ours), gradients(pair.plain))
 
 
-def test_unregistered_weights_are_read_or_refused() -> None:
-    for pager in PAGERS:
-        pair = Pair(pager)
-        ours, plain = pair.weights()
-        view = ours.detach()[3]
-        kept = ours.detach().clone()
-        out = pair.ours(X)
-        pair.manager.release("m")
-        pair.manager.unregister("m")
-        assert ours.shape == plain.shape
-        reads: list[Callable[[], object]] = [
-            lambda ours=ours: ours.sum(),
-            lambda ours=ours: ours[0],
-            lambda ours=ours: copy.deepcopy(ours),
-            lambda ours=ours: pickle.dumps(ours),
-            lambda view=view: view + 0,
-            lambda pair=pair: pair.ours(X),
-            lambda pair=pair: pair.ours.state_dict(),
-            lambda out=out: out.sum().backward(),
-        ]
-        for read in reads:
-            if pager == "managed":
-                read()
-            else:
-                with pytest.raises(ModelError, match="'m' was unregistered"):
-                    read()
-        assert same_bits(kept, plain.detach())
-        manager = pair.manager
-        del pair, ours, view, out, read, reads  # what the graph of `out` may read stays till then
-        gc.collect()
-        assert manager.stats().used == 0
+def test_unregistered_weights_can_be_read_on(pager: str) -> None:
+    pair = Pair(pager)
+    ours, plain = pair.weights()
+    view, row = ours.detach()[3], plain.detach()[3].clone()
+    out, wanted = pair.ours(X), pair.plain(X)
+    manager = pair.manager
+    manager.release("m")
+    manager.unregister("m")
+    assert manager.stats().used == 0
+    for _ in range(2):
+        assert same_bits(ours.sum(), plain.sum())
+        assert same_bits(ours[0] * 1, plain[0] * 1)
+        assert same_bits(copy.deepcopy(ours).detach(), plain.detach())
+        assert same_bits(pickle.loads(pickle.dumps(ours)).detach(), plain.detach())
+        assert same_bits(view + 0, row)
+        assert same_bits(pair.ours(X), pair.plain(X))
+        assert all(
+            same_bits(each.clone(), state_of(pair.plain)[name])
+            for name, each in pair.ours.state_dict().items()
+        )
+        assert manager.stats().peak <= CAP
+    out.sum().backward()
+    wanted.sum().backward()
+    assert same_bits(gradients(pair.ours), gradients(pair.plain))
+    with torch.no_grad():
+        ours.mul_(2)
+        plain.mul_(2)
+    for _ in range(2):
+        assert same_bits(pair.ours(X), pair.plain(X))
+    pair.ours.zero_grad()
+    assert 0 < manager.stats().used <= manager.stats().peak <= CAP
+    del pair, ours, view, out
+    gc.collect()
+    assert manager.stats().used == 0
+
+
+def test_unregistered_weights_that_are_read_on_keep_no_room_from_others(pager: str) -> None:
+    pair = Pair(pager)
+    manager = pair.manager
+    manager.release("m")
+    manager.unregister("m")
+    manager.register("other", lambda: Net().eval(), state_of(pair.plain))
+    for _ in range(2):
+        with torch.no_grad():
+            assert same_bits(pair.ours(X), pair.plain(X))
+            with manager.use("other") as other:
+                for _ in range(3):
+                    assert same_bits(other(X), pair.plain(X))
+                assert same_bits(pair.ours(X), pair.plain(X))
+    assert manager.stats().peak <= CAP
+
+
+def test_an_array_is_a_copy_that_cannot_be_written_to(pair: Pair) -> None:
+    ours, plain = pair.weights()
+    array = ours.detach().numpy()
+    assert not array.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
+    before = array.copy()
+    with torch.no_grad():
+        ours.zero_()
+        plain.zero_()
+    assert np.array_equal(array, before)
+    pair.check()
+
+
+def test_what_is_handed_out_are_copies(pair: Pair) -> None:
+    ours, plain = pair.weights()
+    given = [
+        torch.from_dlpack(ours.detach()),
+        torch.utils.dlpack.from_dlpack(ours.detach().__dlpack__()),
+        copy.deepcopy(ours).detach(),
+        pickle.loads(pickle.dumps(ours)).detach(),
+    ]
+    for each in given:
+        assert same_bits(each, plain.detach())
+        each.zero_()
+    pair.check()
+
+
+def test_what_is_written_to_the_state_dict_arrives(pair: Pair) -> None:
+    for module in (pair.ours, pair.plain):
+        state = module.state_dict()
+        state["layers.2.weight"].mul_(2)
+        state["layers.4.bias"][3] = 5.0
+        state["offset"].copy_(NOISE[0])
+    pair.check()
+
+
+def test_sharing_with_other_processes_is_refused(pair: Pair) -> None:
+    ours, plain = pair.weights()
+    with pytest.raises(ModelError, match="cannot be shared with other processes"):
+        ours.share_memory_()
+    with pytest.raises(ModelError, match="cannot be shared with other processes"):
+        pair.ours.share_memory()
+    assert same_bits(ours.detach().clone().share_memory_(), plain.detach())
+    pair.check()
+
+
+# Torch's threads do not outlive a fork, so that the child is told to use none.
+FORKED = """
+import os
+import torch
+from penstock import ModelError
+from python.test_weights_in_use import X, Pair, same_bits
+
+torch.set_num_threads(1)
+pair = Pair({pager!r})
+weight = pair.weights()[0]
+child = os.fork()
+if child == 0:
+    code = 0
+    for use in (lambda: weight.sum(), lambda: weight.data.zero_(), lambda: pair.ours(X)):
+        try:
+            use()
+            code = 1
+        except ModelError:
+            pass
+        except BaseException:
+            code = 2
+    os._exit(code)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+pair.check()
+pair.end()
+"""
+
+
+def test_a_forked_child_may_neither_read_nor_write(pager: str) -> None:
+    tests = str(Path(__file__).parents[1])
+    run_python(f"import sys; sys.path.insert(0, {tests!r}){FORKED.format(pager=pager)}")
+
+
+@pytest.mark.parametrize("host", ["mapped", "stream"])
+@pytest.mark.parametrize("name", ["mul_", "copy into data", "of a detached row", "foreach", "out"])
+def test_writes_that_could_not_be_kept_are_refused(tmp_path: Path, host: str, name: str) -> None:
+    plain = build(Net)
+    save_file(state_of(plain), tmp_path / "m.safetensors")
+    manager = MemoryManager(cap=CAP, device="cpu", pager="frames", page_size=64 * KIB, host=host)
+    manager.register("m", lambda: Net().eval(), tmp_path / "m.safetensors")
+    with torch.no_grad(), manager.use("m") as module:
+        for passes in (0, 3):
+            for _ in range(passes):
+                assert same_bits(module(X), plain(X))
+            with pytest.raises(DeviceError, match='use host="pinned"'):
+                WRITES[name](module.layers[2].weight)
+            assert same_bits(module.layers[2].weight.clone(), plain.layers[2].weight)
+        assert same_bits(module(X), plain(X))
+    assert pinned_pages(manager) == 0
+    assert manager.stats().used == 0
 
 
 def test_weights_of_a_manager_that_is_gone_can_be_read(pager: str) -> None:

@@ -1,0 +1,472 @@
+#include "paging/paged_model.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "error/error.hpp"
+#include "error/format.hpp"
+
+namespace penstock {
+
+namespace {
+
+constexpr StepId kUnforeseen = std::numeric_limits<StepId>::max();  // in no order
+constexpr std::size_t kLongPass = 64;  // steps, from which on a pass without a call may go round
+constexpr std::chrono::seconds kPatience{10};  // for operations of other threads to end
+constexpr std::chrono::milliseconds kLookAgain{5};
+constexpr std::size_t kManyBeside = 4096;  // steps of other threads than that of the pass
+
+std::size_t mix(std::size_t hash, std::size_t value) {
+  return (hash ^ value) * 0x9E3779B97F4A7C15U;
+}
+
+}  // namespace
+
+/// Somebody who tries to begin, and may hold pages for a moment.
+class PagedModel::Trying {
+ public:
+  explicit Trying(std::atomic<int>& count) : count_(count) { ++count_; }
+  ~Trying() { --count_; }
+  Trying(const Trying&) = delete;
+  Trying& operator=(const Trying&) = delete;
+
+ private:
+  std::atomic<int>& count_;
+};
+
+/// Tells who waits for room, when pages were let go of.
+class PagedModel::Releasing {
+ public:
+  explicit Releasing(PagedModel& model) : model_(model) {}
+  ~Releasing() {
+    ++model_.released_;
+    model_.changed_.notify_all();
+  }
+  Releasing(const Releasing&) = delete;
+  Releasing& operator=(const Releasing&) = delete;
+
+ private:
+  PagedModel& model_;
+};
+
+PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
+                       std::shared_ptr<Region> region, std::vector<TensorPlace> tensors)
+    : name_(std::move(name)),
+      region_(std::move(region)),
+      streamer_(std::move(streamer)),
+      tensors_(std::move(tensors)) {
+  std::vector<std::vector<PageIndex>> order;
+  for (const TensorPlace& tensor : tensors_) {
+    guess_of_tensor_.push_back(static_cast<StepId>(order.size()));
+    const std::size_t slice = std::max<std::size_t>(tensor.slice_nbytes, 1);
+    for (std::size_t at = 0; at < tensor.nbytes; at += slice) {
+      const std::size_t nbytes = std::min(slice, tensor.nbytes - at);
+      const StepId step = add_step(nullptr, "weights", {{tensor.offset + at, nbytes}});
+      order.push_back(*steps_[step].pages);
+    }
+  }
+  guess_size_ = static_cast<StepId>(order.size());
+  followed_.resize(guess_size_);
+  std::iota(followed_.begin(), followed_.end(), StepId{0});
+  streamer_->follow(followed_, std::move(order));
+}
+
+// ---- operations --------------------------------------------------------------------------------
+
+PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const PagingRange* ranges,
+                                   std::size_t count) {
+  tell_of_use();
+  if (std::any_of(ranges, ranges + count, [](const PagingRange& each) { return each.written; })) {
+    region_->require_writable();
+  }
+  const StreamHandle stream{operation.stream};
+  std::shared_ptr<const std::vector<PageIndex>> pages;
+  Hold hold;
+  StepId& step = hold.step;
+  StepId at = kUnforeseen;
+  {
+    std::unique_lock lock(mutex_);
+    if (!capturing_ && region_->device().stream_capturing(stream)) {
+      throw ScheduleError(
+          "model \"" + name_ +
+          "\" streams, so a graph of it is captured by MemoryManager.capture, which "
+          "has its copies captured too");
+    }
+    step = find_step(operation, ranges, count);
+    if (begins_pass(step, operation.in_backward)) {
+      const bool cut_short = call_begun_ ? state_ != State::kAfterCall : beside_ > kManyBeside;
+      const auto ended = close_pass(stream, !cut_short && !goes_round());
+      if (ended) {
+        lock.unlock();
+        PassHandler tell;
+        {
+          const std::lock_guard handlers(handlers_mutex_);
+          tell = on_pass_;
+        }
+        if (tell) tell(*ended);
+        lock.lock();
+      }
+      open_pass(step, stream);
+    }
+    if (is_mine(operation.in_backward)) {
+      note(step);
+      at = guessing_ && count > 0 ? guess_for(ranges, count) : step;
+    } else {
+      ++beside_;
+    }
+    pages = steps_[step].pages;
+  }
+  hold.in_place = !streamer_->tracing() && region_->begin_in_place(*pages);
+  if (!hold.in_place) begin_beside_others(step, at, *pages, stream);
+  const std::lock_guard lock(mutex_);
+  holders_.push_back(std::this_thread::get_id());
+  return hold;
+}
+
+void PagedModel::begin_beside_others(StepId step, StepId at, const std::vector<PageIndex>& pages,
+                                     StreamHandle stream) {
+  try {
+    const Trying trying(trying_);
+    streamer_->begin(step, at, stream);
+    return;
+  } catch (const CapExceededError& error) {
+    if (pages.size() * region_->page_size() > room_) throw explain(step, error);
+  }
+  // One at a time, or who waits would take from each other what has become free.
+  const std::lock_guard turn(waiting_);
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  for (;;) {
+    const std::uint64_t released = released_;
+    const bool alone = !is_held_elsewhere();
+    try {
+      streamer_->begin(step, at, stream);
+      return;
+    } catch (const CapExceededError& error) {
+      if (alone || std::chrono::steady_clock::now() > until) throw explain(step, error);
+    }
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, kLookAgain, [&] { return released_ != released; });
+  }
+}
+
+bool PagedModel::is_held_elsewhere() const {
+  const std::lock_guard lock(mutex_);
+  const auto is_other = [](std::thread::id holder) { return holder != std::this_thread::get_id(); };
+  return trying_ > 0 || std::any_of(holders_.begin(), holders_.end(), is_other);
+}
+
+void PagedModel::end(const Hold& hold, const PagingOperation& operation, const PagingRange* ranges,
+                     std::size_t count) {
+  const StreamHandle stream{operation.stream};
+  std::exception_ptr failure;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!ranges[i].written) continue;
+    try {
+      region_->note_write(offset_of(ranges[i]), ranges[i].nbytes, stream);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  let_go(hold, stream);
+  if (failure) std::rethrow_exception(failure);
+}
+
+PagedModel::Hold PagedModel::hold(const std::string& what, const std::vector<Bytes>& ranges,
+                                  StreamHandle stream) {
+  std::vector<PagingRange> held;
+  for (const auto& [offset, nbytes] : ranges) {
+    held.push_back({region_->address() + offset, nbytes, false});
+  }
+  const PagingOperation operation{&steps_, what.c_str(), stream.value, false};
+  return begin(operation, held.data(), held.size());
+}
+
+void PagedModel::let_go(const Hold& hold, StreamHandle stream) {
+  std::shared_ptr<const std::vector<PageIndex>> pages;
+  {
+    const std::lock_guard lock(mutex_);
+    pages = steps_[hold.step].pages;
+    const auto mine = std::find(holders_.rbegin(), holders_.rend(), std::this_thread::get_id());
+    if (mine != holders_.rend()) holders_.erase(std::next(mine).base());
+  }
+  const Releasing releasing(*this);
+  if (hold.in_place) {
+    region_->end(*pages, stream);
+  } else {
+    streamer_->end(hold.step, stream);
+  }
+}
+
+std::size_t PagedModel::offset_of(const PagingRange& range) const {
+  return static_cast<std::size_t>(static_cast<const std::byte*>(range.address) -
+                                  region_->address());
+}
+
+std::vector<PageIndex> PagedModel::pages_of(const std::vector<Bytes>& ranges) const {
+  std::vector<PageIndex> pages;
+  for (const auto& [offset, nbytes] : ranges) {
+    const std::vector<PageIndex> more = region_->pages_of(offset, nbytes);
+    pages.insert(pages.end(), more.begin(), more.end());
+  }
+  std::sort(pages.begin(), pages.end());
+  pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+  return pages;
+}
+
+std::size_t PagedModel::tensor_at(std::size_t offset) const {
+  const auto after =
+      std::upper_bound(tensors_.begin(), tensors_.end(), offset,
+                       [](std::size_t at, const TensorPlace& each) { return at < each.offset; });
+  return static_cast<std::size_t>(std::max<std::ptrdiff_t>(after - tensors_.begin() - 1, 0));
+}
+
+StepId PagedModel::guess_for(const PagingRange* ranges, std::size_t count) const {
+  const PagingRange* largest = std::max_element(
+      ranges, ranges + count,
+      [](const PagingRange& a, const PagingRange& b) { return a.nbytes < b.nbytes; });
+  const std::size_t offset = offset_of(*largest);
+  const std::size_t tensor = tensor_at(offset);
+  const std::size_t slice = std::max<std::size_t>(tensors_[tensor].slice_nbytes, 1);
+  return guess_of_tensor_[tensor] + static_cast<StepId>((offset - tensors_[tensor].offset) / slice);
+}
+
+StepId PagedModel::find_step(const PagingOperation& operation, const PagingRange* ranges,
+                             std::size_t count) {
+  const auto is_range = [&](const Bytes& known, const PagingRange& range) {
+    return known.first == offset_of(range) && known.second == range.nbytes;
+  };
+  const auto is = [&](StepId id) {
+    const Step& step = steps_[id];
+    return step.operation == operation.id &&
+           std::equal(step.ranges.begin(), step.ranges.end(), ranges, ranges + count, is_range);
+  };
+  if (place_ < followed_.size() && is(followed_[place_])) return followed_[place_];
+  std::size_t hash = std::hash<const void*>()(operation.id);
+  for (std::size_t i = 0; i < count; ++i) {
+    hash = mix(mix(hash, offset_of(ranges[i])), ranges[i].nbytes);
+  }
+  const auto [first, last] = step_ids_.equal_range(hash);
+  const auto found = std::find_if(first, last, [&](const auto& each) { return is(each.second); });
+  if (found != last) return found->second;
+  std::vector<Bytes> bytes;
+  for (std::size_t i = 0; i < count; ++i)
+    bytes.emplace_back(offset_of(ranges[i]), ranges[i].nbytes);
+  const StepId step = add_step(operation.id, operation.name, std::move(bytes));
+  step_ids_.emplace(hash, step);
+  return step;
+}
+
+StepId PagedModel::add_step(const void* operation, std::string name, std::vector<Bytes> ranges) {
+  const auto id = static_cast<StepId>(steps_.size());
+  auto pages = std::make_shared<const std::vector<PageIndex>>(pages_of(ranges));
+  streamer_->define(id, *pages, name);
+  steps_.push_back({operation, std::move(name), std::move(ranges), std::move(pages)});
+  seen_in_.push_back(0);
+  return id;
+}
+
+// ---- passes ------------------------------------------------------------------------------------
+
+bool PagedModel::is_mine(bool in_backward) const {
+  return state_ != State::kOutside && (in_backward || owner_ == std::this_thread::get_id());
+}
+
+bool PagedModel::goes_round() const {
+  return state_ != State::kCall && pass_.size() >= kLongPass && pass_.size() > 3 * distinct_;
+}
+
+bool PagedModel::begins_pass(StepId step, bool in_backward) const {
+  if (in_backward || capturing_) return false;
+  if (state_ == State::kOutside) return true;
+  if (call_begun_ && caller_ == std::this_thread::get_id()) return true;
+  if (owner_ != std::this_thread::get_id()) return beside_ > kManyBeside;  // who owns it has gone
+  if (state_ == State::kCall) return false;
+  return (!pass_.empty() && step == pass_.front()) || goes_round();
+}
+
+void PagedModel::open_pass(StepId first, StreamHandle stream) {
+  const bool by_call = call_begun_ && caller_ == std::this_thread::get_id();
+  state_ = by_call ? State::kCall : State::kAlone;
+  if (by_call) call_begun_ = false;
+  beside_ = 0;
+  owner_ = std::this_thread::get_id();
+  pass_.clear();
+  distinct_ = 0;
+  ++pass_number_;
+  follow_order_of(first);
+  place_ = 0;
+  streamer_->begin_pass(stream);
+}
+
+std::optional<PassEnd> PagedModel::close_pass(StreamHandle stream, bool worth_learning) {
+  if (pass_.empty()) return std::nullopt;
+  PassEnd end;
+  end.first = pass_.front();
+  streamer_->end_pass(stream);
+  if (worth_learning) end.changed = learner_.learn(pass_);
+  pass_.clear();
+  if (!worth_learning) return std::nullopt;
+  if (end.changed) follow_order_of(end.first);
+  return end;
+}
+
+void PagedModel::follow_order_of(StepId first) {
+  const std::vector<StepId>* known = learner_.known(first);
+  if (known == nullptr || (!guessing_ && *known == followed_)) return;
+  std::vector<std::vector<PageIndex>> order;
+  order.reserve(known->size());
+  for (const StepId step : *known) order.push_back(*steps_[step].pages);
+  followed_ = *known;
+  guessing_ = false;
+  streamer_->follow(followed_, std::move(order));
+}
+
+void PagedModel::note(StepId step) {
+  if (capturing_) return;
+  pass_.push_back(step);
+  if (seen_in_[step] != pass_number_) ++distinct_;
+  seen_in_[step] = pass_number_;
+  const auto here = followed_.begin() + static_cast<std::ptrdiff_t>(place_);
+  const auto found = std::find(here, followed_.end(), step);
+  if (found != followed_.end()) place_ = static_cast<std::size_t>(found - followed_.begin()) + 1;
+}
+
+void PagedModel::begin_call() {
+  const std::lock_guard lock(mutex_);
+  const auto me = std::this_thread::get_id();
+  if (capturing_ || (state_ == State::kCall && owner_ != me)) return;  // beside another thread's
+  call_begun_ = true;
+  caller_ = me;
+}
+
+void PagedModel::end_call(StreamHandle stream, bool failed, bool complete) {
+  std::optional<PassEnd> ended;
+  PassHandler tell;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto me = std::this_thread::get_id();
+    if (capturing_) return;
+    if (call_begun_ && caller_ == me) {  // it read nothing
+      call_begun_ = false;
+      return;
+    }
+    if (state_ != State::kCall || owner_ != me) return;
+    state_ = State::kAfterCall;
+    if (failed || complete) {
+      ended = close_pass(stream, !failed);
+      state_ = State::kOutside;
+    }
+    const std::lock_guard handlers(handlers_mutex_);
+    if (ended) tell = on_pass_;
+  }
+  if (tell) tell(*ended);
+}
+
+bool PagedModel::in_call() const {
+  const std::lock_guard lock(mutex_);
+  return call_begun_ || state_ == State::kCall;
+}
+
+void PagedModel::set_capturing(bool capturing) {
+  const std::lock_guard lock(mutex_);
+  capturing_ = capturing;
+  call_begun_ = false;
+  state_ = State::kOutside;
+  pass_.clear();
+  place_ = 0;
+  streamer_->set_capturing(capturing);
+  owner_ = std::this_thread::get_id();
+  if (capturing) state_ = State::kCall;
+}
+
+// ---- what is known -----------------------------------------------------------------------------
+
+std::vector<StepId> PagedModel::order(StepId first) const {
+  const std::lock_guard lock(mutex_);
+  const std::vector<StepId>* known = learner_.known(first);
+  return known == nullptr ? std::vector<StepId>() : *known;
+}
+
+std::vector<StepId> PagedModel::expected() const {
+  const std::lock_guard lock(mutex_);
+  return followed_;
+}
+
+std::vector<PageIndex> PagedModel::pages(StepId step) const {
+  const std::lock_guard lock(mutex_);
+  return *steps_.at(step).pages;
+}
+
+std::string PagedModel::describe(StepId step) const {
+  std::string text;
+  {
+    const std::lock_guard lock(mutex_);
+    text = steps_.at(step).name;
+  }
+  const std::vector<std::string> names = tensors(step);
+  if (!names.empty()) text += " " + names.front();
+  if (names.size() > 1) text += " and " + std::to_string(names.size() - 1) + " more";
+  return text;
+}
+
+std::vector<std::string> PagedModel::tensors(StepId step) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> names;
+  for (const auto& [offset, nbytes] : steps_.at(step).ranges) {
+    names.push_back(tensors_[tensor_at(offset)].name);
+  }
+  return names;
+}
+
+CapExceededError PagedModel::explain(StepId step, const CapExceededError& error) const {
+  const std::size_t nbytes = pages(step).size() * region_->page_size();
+  return {"model '" + name_ + "': " + describe(step) + " reads " + format_bytes(nbytes) +
+              " at once, in whole pages. " + error.what(),
+          error.requested, error.cap, error.used};
+}
+
+std::size_t PagedModel::part_bytes(const PagingRange* ranges, std::size_t count) const {
+  std::size_t nbytes = 0;
+  std::size_t by_pages = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (ranges[i].nbytes == 0) continue;
+    const std::size_t offset = offset_of(ranges[i]);
+    const std::size_t size = region_->page_size();
+    nbytes += ranges[i].nbytes;
+    by_pages += ((offset + ranges[i].nbytes - 1) / size - offset / size + 1) * size;
+  }
+  const std::size_t room = room_.load(std::memory_order_relaxed);
+  if (by_pages <= room / 2) return std::numeric_limits<std::size_t>::max();
+  return std::max<std::size_t>(room / 8 * nbytes / by_pages, 1);
+}
+
+// ---- handlers ----------------------------------------------------------------------------------
+
+void PagedModel::on_pass(PassHandler handler) {
+  const std::lock_guard lock(handlers_mutex_);
+  on_pass_ = std::move(handler);
+}
+
+void PagedModel::on_next_use(UseHandler handler) {
+  const std::lock_guard lock(handlers_mutex_);
+  on_next_use_ = std::move(handler);
+  tells_of_use_ = static_cast<bool>(on_next_use_);
+}
+
+void PagedModel::tell_of_use() {
+  if (!tells_of_use_.load(std::memory_order_relaxed)) return;
+  UseHandler tell;
+  {
+    const std::lock_guard lock(handlers_mutex_);
+    tell = std::exchange(on_next_use_, nullptr);
+    tells_of_use_ = false;
+  }
+  if (tell) tell();
+}
+
+}  // namespace penstock

@@ -1,0 +1,204 @@
+// A paged model is one model's region as the operations of a program see it. Every operation that
+// reads or writes bytes of the region is a step: it has its pages brought in and held while it is
+// issued, and nothing is held between operations.
+//
+// Words: a step is told by its operation and the bytes that it reads. A pass is a sequence of steps
+// that comes over and over. A call of the whole model begins one, and what comes after the call (a
+// backward pass, an optimizer) belongs to it, until the next call. Where there are no such calls, a
+// pass begins where the step that began the one before comes again. Steps of a pass are those of
+// the thread that began it, and of backward passes in any thread; steps of other threads run beside
+// it, unforeseen.
+//
+// When a pass has ended the learner says what to expect of the next one, and whoever plans is told,
+// on the thread that ended it and with no lock held. Before anything is known, pages are expected
+// in the order of a guess: the tensors as they lie in the region.
+//
+// Owned by the storages of the tensors on the region: who holds such a tensor can read it, whatever
+// has become of its module and its manager. Thread-safe: operations of several threads may hold
+// pages at once, and one that has no room beside others waits until these have been issued.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "error/error.hpp"
+#include "pager/region.hpp"
+#include "paging/paging_api.hpp"
+#include "paging/pass_learner.hpp"
+#include "streamer/streamer.hpp"
+
+namespace penstock {
+
+/// A tensor on a region, for messages and for the guess.
+struct TensorPlace {
+  std::size_t offset;
+  std::size_t nbytes;
+  std::size_t slice_nbytes;  ///< The least that is read at once: all of it, or one of a stack.
+  std::string name;
+};
+
+/// How a pass has ended.
+struct PassEnd {
+  StepId first = 0;      ///< Tells the kind of the pass.
+  bool changed = false;  ///< Whether the expected order of its kind is new.
+};
+
+class PagedModel {
+ public:
+  /// @param tensors  Ascending by offset, not overlapping.
+  PagedModel(std::string name, std::shared_ptr<Streamer> streamer, std::shared_ptr<Region> region,
+             std::vector<TensorPlace> tensors);
+  PagedModel(const PagedModel&) = delete;
+  PagedModel& operator=(const PagedModel&) = delete;
+
+  const std::shared_ptr<Region>& region() const noexcept { return region_; }
+  const std::shared_ptr<Streamer>& streamer() const noexcept { return streamer_; }
+
+  /// What one operation holds here.
+  struct Hold {
+    StepId step = 0;
+    bool in_place = false;  ///< Its pages stay, so the streamer was not asked.
+  };
+
+  /// An operation begins. @return what `end` takes.
+  /// @throws CapExceededError naming the operation and its tensors, DeviceError where it writes and
+  ///         that could not be kept, ScheduleError on a stream that somebody else captures; nothing
+  ///         is held then.
+  Hold begin(const PagingOperation& operation, const PagingRange* ranges, std::size_t count);
+  /// The operation has been issued, or has failed.
+  void end(const Hold& hold, const PagingOperation& operation, const PagingRange* ranges,
+           std::size_t count);
+
+  /// Has pages in place for somebody who reads them without operations, until `let_go` on the same
+  /// thread. @param what  For messages. @param ranges  Offsets and sizes. @throws as `begin` does.
+  Hold hold(const std::string& what, const std::vector<std::pair<std::size_t, std::size_t>>& ranges,
+            StreamHandle stream);
+  void let_go(const Hold& hold, StreamHandle stream);
+
+  /// A call of the whole model begins, in this thread.
+  void begin_call();
+  /// It has ended.
+  /// @param complete  Whether the pass ends with it, as no backward pass can follow.
+  void end_call(StreamHandle stream, bool failed, bool complete);
+  /// Whether a call is under way.
+  bool in_call() const;
+
+  /// What is expected of passes that begin with a step; empty if nothing is known.
+  std::vector<StepId> order(StepId first) const;
+  /// The steps that are expected now, the guess if need be.
+  std::vector<StepId> expected() const;
+  std::vector<PageIndex> pages(StepId step) const;
+  std::string describe(StepId step) const;
+  /// Names of the tensors of which a step reads something.
+  std::vector<std::string> tensors(StepId step) const;
+
+  using PassHandler = std::function<void(const PassEnd&)>;
+  /// Has a function called when a pass has ended; null for none.
+  void on_pass(PassHandler handler);
+  using UseHandler = std::function<void()>;
+  /// Has a function called once, before the next operation.
+  void on_next_use(UseHandler handler);
+  /// Says how much may be in place at once, in bytes.
+  void set_room(std::size_t nbytes) { room_ = nbytes; }
+  /// How many bytes a part of an operation over lists is best given, of those of its ranges that
+  /// are here; SIZE_MAX where it need not be divided.
+  std::size_t part_bytes(const PagingRange* ranges, std::size_t count) const;
+
+  /// While a pass is captured, it is not learned from.
+  void set_capturing(bool capturing);
+
+ private:
+  using Bytes = std::pair<std::size_t, std::size_t>;  // offset and size
+  struct Step {
+    const void* operation;
+    std::string name;
+    std::vector<Bytes> ranges;
+    std::shared_ptr<const std::vector<PageIndex>> pages;
+  };
+  enum class State : std::uint8_t {
+    kOutside,    // no pass
+    kCall,       // a call is under way
+    kAfterCall,  // it has ended, its pass has not
+    kAlone,      // a pass that no call began
+  };
+
+  /// The pages of ranges, ascending.
+  std::vector<PageIndex> pages_of(const std::vector<Bytes>& ranges) const;
+  /// The step of the guess that stands for the largest of the ranges.
+  StepId guess_for(const PagingRange* ranges, std::size_t count) const;
+  std::size_t offset_of(const PagingRange& range) const;
+  /// The tensor at an offset; the last one before it where there is none.
+  std::size_t tensor_at(std::size_t offset) const;
+  void tell_of_use();
+  class Trying;
+  class Releasing;
+  /// Begins a step, after operations of other threads where there is no room beside them.
+  void begin_beside_others(StepId step, StepId at, const std::vector<PageIndex>& pages,
+                           StreamHandle stream);
+  bool is_held_elsewhere() const;
+  CapExceededError explain(StepId step, const CapExceededError& error) const;
+
+  // With mutex_ held.
+  StepId find_step(const PagingOperation& operation, const PagingRange* ranges, std::size_t count);
+  StepId add_step(const void* operation, std::string name, std::vector<Bytes> ranges);
+  bool is_mine(bool in_backward) const;
+  bool begins_pass(StepId step, bool in_backward) const;
+  void open_pass(StepId first, StreamHandle stream);
+  /// @param worth_learning  Whether such a pass may come again. @return what to tell of it, if any.
+  std::optional<PassEnd> close_pass(StreamHandle stream, bool worth_learning);
+  void follow_order_of(StepId first);
+  /// Notes a step of the pass.
+  void note(StepId step);
+  bool goes_round() const;
+
+  const std::string name_;
+  const std::shared_ptr<Region> region_;
+  const std::shared_ptr<Streamer> streamer_;
+  const std::vector<TensorPlace> tensors_;
+  std::vector<StepId> guess_of_tensor_;  // its first step
+  StepId guess_size_ = 0;                // steps of the guess: those with the first ids
+
+  mutable std::mutex mutex_;
+  std::vector<Step> steps_;  // by id
+  std::unordered_multimap<std::size_t, StepId> step_ids_;
+  PassLearner learner_;
+  State state_ = State::kOutside;
+  bool call_begun_ = false;  // since the last step
+  std::thread::id caller_;   // who began it
+  bool capturing_ = false;
+  std::thread::id owner_;               // of the pass
+  std::vector<StepId> pass_;            // its steps so far
+  std::size_t distinct_ = 0;            // steps of it, each counted once
+  std::vector<std::uint32_t> seen_in_;  // by step: number of the last pass that had it
+  std::uint32_t pass_number_ = 0;
+  std::size_t beside_ = 0;        // steps of other threads since it began
+  std::vector<StepId> followed_;  // the order that the streamer has
+  std::size_t place_ = 0;         // in it, of the next step
+  bool guessing_ = true;          // it is the guess
+
+  std::vector<std::thread::id> holders_;    // a thread for each operation under way
+  std::condition_variable changed_;         // pages were let go of
+  std::atomic<std::uint64_t> released_{0};  // how often
+  std::atomic<int> trying_{0};              // operations that begin just now
+  std::mutex waiting_;                      // held by who waits for room
+
+  std::mutex handlers_mutex_;
+  PassHandler on_pass_;
+  UseHandler on_next_use_;
+  std::atomic<bool> tells_of_use_{false};
+  std::atomic<std::size_t> room_{std::numeric_limits<std::size_t>::max()};
+};
+
+}  // namespace penstock

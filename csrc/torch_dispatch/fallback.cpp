@@ -1,0 +1,65 @@
+#include "torch_dispatch/fallback.hpp"
+
+#include <torch/library.h>
+
+#include <string>
+
+#include "torch_dispatch/held_ranges.hpp"
+#include "torch_dispatch/list_parts.hpp"
+#include "torch_dispatch/operation.hpp"
+
+namespace penstock::torch_dispatch {
+
+namespace {
+
+void see(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const PagingApi* api = paging_api();
+  if (api == nullptr) {
+    op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
+    return;
+  }
+  const Operation operation{op, keys, signature_of(op), *api};
+  if (operation.signature.lets_through(op)) return operation.go_on(stack);
+  const Uses uses = uses_of(operation.signature, *stack);
+  if (uses.ranges.empty()) return operation.go_on(stack);
+  if (run_in_parts(operation, uses, stack)) return;
+  operation.run_holding(uses.ranges, uses.device, stack);
+}
+
+// Operators that never have anything held are not even called for: those that only make views or
+// look at sizes, and the composite ones that come most often. The others of these are let through
+// when they are called, since a library may give them a kernel of its own at any time; one that
+// does so for a frequent one has to read weights by torch's operations.
+bool is_passed_by(const c10::OperatorHandle& op) {
+  const std::string& name = op.schema().name();
+  if (name.rfind("aten::", 0) != 0) return false;
+  const Signature& signature = signature_of(op);
+  const bool frequent = name == "aten::linear" || name == "aten::matmul";
+  return signature.arguments.empty() || (frequent && signature.lets_through(op));
+}
+
+void pass_by(torch::Library& library) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findSchema(name);
+    if (!op || op->hasKernelForDispatchKey(kKey) || !is_passed_by(*op)) continue;
+    const std::string local = toString(name).substr(std::string("aten::").size());
+    library.impl(local.c_str(), torch::CppFunction::makeFallthrough());
+  }
+}
+
+}  // namespace
+
+void register_fallback() {
+  // Never destroyed, so that the fallback stays for as long as tensors may have the key.
+  static auto& library = *new torch::Library(torch::Library::IMPL, "_", kKey, __FILE__, __LINE__);
+  static auto& aten = *new torch::Library(torch::Library::IMPL, "aten", kKey, __FILE__, __LINE__);
+  static const bool registered = [] {
+    library.fallback(torch::CppFunction::makeFromBoxedFunction<&see>());
+    pass_by(aten);
+    return true;
+  }();
+  static_cast<void>(registered);
+}
+
+}  // namespace penstock::torch_dispatch
