@@ -37,6 +37,8 @@ void bind_frames(py::module_& module) {
       .def_property_readonly("frame_size", &FramePool::frame_size)
       .def("beside", &FramePool::beside, py::arg("frame_size"),
            "Make a pool of frames of another size, under the same budget, with the same sources.")
+      .def("reclaim_retired", &FramePool::reclaim_retired, without_gil,
+           "Take back what those hold who are in nobody's charge any more.")
       .def(
           "make_room",
           [](const FramePool& pool, std::size_t nbytes) { return pool.make_room(nbytes, nullptr); },
@@ -82,6 +84,8 @@ void bind_frames(py::module_& module) {
           "Order a replay after all other uses, if pages are where they were.")
       .def_property_readonly("mappings", &FramesRegion::mappings,
                              "Grows whenever a page is mapped elsewhere.")
+      .def("retire", &FramesRegion::retire, without_gil,
+           "Say that nobody is in charge of the model any more.")
       .def("set_protected", &FramesRegion::set_protected, py::arg("is_protected"), without_gil,
            "Say whether nothing is given to others.")
       .def("set_active", &FramesRegion::set_active, py::arg("active"), without_gil,

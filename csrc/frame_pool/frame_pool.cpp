@@ -82,8 +82,8 @@ void FramePool::add_source(std::weak_ptr<RoomSource> source, RoomRank rank) {
   room_->add_source(std::move(source), rank);
 }
 
-bool FramePool::make_room(std::size_t nbytes, const RoomSource* asking) const {
-  return room_->make_room(nbytes, asking, *budget_, *device_);
+bool FramePool::make_room(std::size_t nbytes, const RoomSource* asking, RoomRank last) const {
+  return room_->make_room(nbytes, asking, last, *budget_, *device_);
 }
 
 }  // namespace penstock

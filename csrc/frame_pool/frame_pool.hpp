@@ -61,7 +61,11 @@ class FramePool : public std::enable_shared_from_this<FramePool> {
   /// Asks those who can give for room, in the order of ranks, until `nbytes` are free. The caller
   /// holds no lock of its own. @param asking  Who is not asked; may be null.
   /// @return whether `nbytes` can be charged now; somebody else may be faster.
-  bool make_room(std::size_t nbytes, const RoomSource* asking) const;
+  bool make_room(std::size_t nbytes, const RoomSource* asking,
+                 RoomRank last = RoomRank::kOverflow) const;
+
+  /// Takes back what those hold who are in nobody's charge any more.
+  void reclaim_retired() const { room_->reclaim(RoomRank::kRetired, *device_); }
 
   const std::shared_ptr<Device>& device() const noexcept { return device_; }
   Budget& budget() const noexcept { return *budget_; }

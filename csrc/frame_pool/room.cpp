@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <limits>
 #include <utility>
 
 namespace penstock {
@@ -48,8 +49,31 @@ void RoomMaker::add_source(std::weak_ptr<RoomSource> source, RoomRank rank) {
   sources_.insert(after, Ranked{rank, std::move(source)});
 }
 
-bool RoomMaker::make_room(std::size_t nbytes, const RoomSource* asking, const Budget& budget,
-                          Device& device) const {
+void RoomMaker::ask(RoomSource& source, std::size_t nbytes, Device& device) {
+  if (is_giving(&source)) return;
+  const ScopedGiving giving(&source);
+  try {
+    source.give_back(nbytes);
+  } catch (const std::exception& error) {
+    device.suppress(error.what());
+  }
+}
+
+void RoomMaker::reclaim(RoomRank rank, Device& device) const {
+  constexpr std::size_t kAll = std::numeric_limits<std::size_t>::max() / 2;
+  std::vector<Ranked> sources;
+  {
+    const std::lock_guard lock(mutex_);
+    sources = sources_;
+  }
+  for (const Ranked& ranked : sources) {
+    const std::shared_ptr<RoomSource> source = ranked.source.lock();
+    if (source && ranked.rank == rank) ask(*source, kAll, device);
+  }
+}
+
+bool RoomMaker::make_room(std::size_t nbytes, const RoomSource* asking, RoomRank last,
+                          const Budget& budget, Device& device) const {
   std::vector<Ranked> sources;
   {
     const std::lock_guard lock(mutex_);
@@ -58,14 +82,9 @@ bool RoomMaker::make_room(std::size_t nbytes, const RoomSource* asking, const Bu
   for (const Ranked& ranked : sources) {
     const std::size_t available = budget.available();
     if (available >= nbytes) return true;
+    if (ranked.rank > last) break;
     const std::shared_ptr<RoomSource> source = ranked.source.lock();
-    if (!source || source.get() == asking || is_giving(source.get())) continue;
-    const ScopedGiving giving(source.get());
-    try {
-      source->give_back(nbytes - available);
-    } catch (const std::exception& error) {
-      device.suppress(error.what());
-    }
+    if (source && source.get() != asking) ask(*source, nbytes - available, device);
   }
   return budget.available() >= nbytes;
 }

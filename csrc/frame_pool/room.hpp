@@ -23,10 +23,12 @@ namespace penstock {
 
 /// Who is asked first: those from whom taking costs least.
 enum class RoomRank : std::uint8_t {
+  kRetired,       ///< Frames of who is in nobody's charge any more.
   kCachedFrames,  ///< Frames that nobody uses.
   kResidentSet,   ///< Pages that would have to be loaded in every pass.
   kRing,          ///< Frames that pages stream through: fewer of them stall the stream.
   kOverflow,      ///< Whatever is left.
+  kLargestStep,   ///< What a model in use needs for its next operation, for one under way.
 };
 
 class RoomSource {
@@ -42,13 +44,18 @@ class RoomMaker {
  public:
   void add_source(std::weak_ptr<RoomSource> source, RoomRank rank);
 
+  /// Asks the sources of one rank for all that they have; see make_room.
+  void reclaim(RoomRank rank, Device& device) const;
   /// Asks sources until `nbytes` can be charged; those of one rank in the order in which they came.
   /// A source that fails is on record with the device, and the next one is asked.
-  /// @param asking  Not asked itself; may be null. @return whether there is so much room now.
-  bool make_room(std::size_t nbytes, const RoomSource* asking, const Budget& budget,
+  /// @param asking  Not asked itself; may be null. @param last  Later ranks are not asked. @return
+  /// whether there is so much room now.
+  bool make_room(std::size_t nbytes, const RoomSource* asking, RoomRank last, const Budget& budget,
                  Device& device) const;
 
  private:
+  static void ask(RoomSource& source, std::size_t nbytes, Device& device);
+
   struct Ranked {
     RoomRank rank;
     std::weak_ptr<RoomSource> source;

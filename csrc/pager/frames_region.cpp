@@ -67,7 +67,7 @@ bool FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
       return begin_pages(pages, stream);
     } catch (const CapExceededError& error) {
       // A frame at a time, so that others lose no more than is lacking.
-      if (lacked == pages.size() || !pool_->make_room(error.requested, nullptr)) throw;
+      if (lacked == pages.size() || !ask_others(error.requested)) throw;
     }
   }
 }

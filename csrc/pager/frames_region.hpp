@@ -18,8 +18,9 @@
 //
 // Frames are given back where others need room under the cap: all that is not in use while nobody
 // uses the model (`set_active`), else pages with a frame to themselves, the farthest next use
-// first, then frames of the ring down to what the largest step needs. Pages that lose their frame
-// are demanded when they are needed, until `arrange` says anew how to share what is left.
+// first, then frames of the ring down to what the largest step needs, and those too for an
+// operation under way that reads others. Pages that lose their frame are demanded when they are
+// needed, until `arrange` says anew how to share what is left.
 //
 // Bytes come from a host tier, and pages that were written to go back to it before they leave their
 // place. Thread-safe; the host waits for the device only in `arrange`, `evict`, `flush`, and
@@ -91,6 +92,8 @@ class FramesRegion : public Region {
   std::size_t frame_count() const;
   /// Whether the model is in use; one that is not gives everything back when others need it.
   void set_active(bool active);
+  /// Nobody is in charge of the model any more: who has a tensor reads it from what others leave.
+  void retire();
   /// Whether nothing is given to others.
   void set_protected(bool is_protected);
   /// Grows whenever a page is mapped elsewhere: what was captured before holds no more.
@@ -186,6 +189,8 @@ class FramesRegion : public Region {
   class Room;  // a source of room
   static void offer_room(const std::shared_ptr<FramesRegion>& region);
 
+  /// Asks all but this region for room, for an operation under way. @return whether there is some.
+  bool ask_others(std::size_t nbytes) const;
   /// Gives back what others need more. @return bytes given back.
   std::size_t give_back(RoomRank rank, std::size_t nbytes);
 
@@ -269,6 +274,7 @@ class FramesRegion : public Region {
   bool arranged_ = false;
   bool active_ = true;
   bool protected_ = false;
+  bool retired_ = false;
   std::size_t largest_step_ = 0;  // pages
   std::uint64_t mappings_ = 0;
   bool verify_ = false;

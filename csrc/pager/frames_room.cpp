@@ -9,6 +9,12 @@
 
 namespace penstock {
 
+namespace {
+
+thread_local const FramesRegion* asking = nullptr;  // whose operation asks on this thread
+
+}  // namespace
+
 /// What the pool asks: one for each rank of what a region can do without.
 class FramesRegion::Room : public RoomSource {
  public:
@@ -26,7 +32,8 @@ class FramesRegion::Room : public RoomSource {
 };
 
 void FramesRegion::offer_room(const std::shared_ptr<FramesRegion>& region) {
-  for (const RoomRank rank : {RoomRank::kCachedFrames, RoomRank::kResidentSet, RoomRank::kRing}) {
+  for (const RoomRank rank : {RoomRank::kRetired, RoomRank::kCachedFrames, RoomRank::kResidentSet,
+                              RoomRank::kRing, RoomRank::kLargestStep}) {
     region->sources_.push_back(std::make_shared<Room>(region, rank));
     region->pool_->add_source(region->sources_.back(), rank);
   }
@@ -37,12 +44,27 @@ void FramesRegion::set_active(bool active) {
   active_ = active;
 }
 
+void FramesRegion::retire() {
+  const std::lock_guard lock(mutex_);
+  retired_ = true;
+  active_ = false;
+  protected_ = false;
+}
+
 void FramesRegion::set_protected(bool is_protected) {
   const std::lock_guard lock(mutex_);
   protected_ = is_protected;
 }
 
+bool FramesRegion::ask_others(std::size_t nbytes) const {
+  const FramesRegion* const before = std::exchange(asking, this);
+  const bool made = pool_->make_room(nbytes, nullptr, RoomRank::kLargestStep);
+  asking = before;
+  return made;
+}
+
 std::size_t FramesRegion::give_back(RoomRank rank, std::size_t nbytes) {
+  if (asking == this) return 0;  // all that is left here is being read
   const ScopedRange range("give back");
   const std::lock_guard lock(mutex_);
   if (capture_ || replaying_ || protected_) return 0;  // a graph has its pages where they are
@@ -64,8 +86,10 @@ std::size_t FramesRegion::give_back(RoomRank rank, std::size_t nbytes) {
 }
 
 std::vector<FramesRegion::PlaceIndex> FramesRegion::places_to_give(RoomRank rank) const {
-  if ((rank == RoomRank::kCachedFrames) == active_) return {};
-  const bool all = rank == RoomRank::kCachedFrames;
+  if (rank == RoomRank::kRetired && !retired_) return {};
+  const bool idle = rank == RoomRank::kRetired || rank == RoomRank::kCachedFrames;
+  if (idle == active_) return {};
+  const bool all = idle || rank == RoomRank::kLargestStep;
   std::vector<std::pair<StepTime, PlaceIndex>> found;  // by the next use of the page in it
   for (std::size_t i = 0; i < places_.size(); ++i) {
     const Place& place = places_[i];

@@ -142,6 +142,7 @@ class PagedModel {
   /// The tensor at an offset; the last one before it where there is none.
   std::size_t tensor_at(std::size_t offset) const;
   void tell_of_use();
+  void tell_of_pass(const PassEnd& end);
   class Trying;
   class Releasing;
   /// Begins a step, after operations of other threads where there is no room beside them.
@@ -155,6 +156,8 @@ class PagedModel {
   StepId add_step(const void* operation, std::string name, std::vector<Bytes> ranges);
   bool is_mine(bool in_backward) const;
   bool begins_pass(StepId step, bool in_backward) const;
+  /// Closes the pass, tells of it without the lock, and opens the next one.
+  void change_pass(StepId first, StreamHandle stream, std::unique_lock<std::mutex>& lock);
   void open_pass(StepId first, StreamHandle stream);
   /// @param worth_learning  Whether such a pass may come again. @return what to tell of it, if any.
   std::optional<PassEnd> close_pass(StreamHandle stream, bool worth_learning);

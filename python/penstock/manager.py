@@ -400,9 +400,9 @@ class MemoryManager:
         model = self._find(name)
         if model.tenant is not None:
             runner = model.tenant.runner
+            runner.evict()
             runner.detach()
             runner.memory.set_active(False)
-            runner.evict()
             runner.memory.close()
             self._residency.remove(model.tenant)
         del self._models[name]

@@ -375,6 +375,7 @@ class FramesMemory(ModelMemory):
     def close(self) -> None:
         """Give back what is charged beside the frames, too."""
         super().close()
+        self.region_core.retire()
         self.pager.budget.release(_core.Tag.outside, self._outside)
         self._outside = 0
 

@@ -156,6 +156,8 @@ class Sharing:
         hard_cap = self._pager.hard_cap
         if hard_cap is not None:  # of frames that it caches
             hard_cap.allocator.give_back(asker.runner.memory.region.nbytes)
+        if self._pager.kind == "frames":
+            self._pager.frames.reclaim_retired()
         going = self._going(others)
         needed = asker.least + sum(max(0, each.claim - each.held) for each in others)
         self._take_secondaries(asker, others, going, needed, take_secondaries)

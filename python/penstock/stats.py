@@ -55,9 +55,10 @@ class MemoryStats:
     loaded_bytes, evicted_bytes
         Loaded so far; and of that, dropped or overwritten.
     passes
-        Calls of an entry point so far, but for those that ran with everything in place.
+        Calls so far, with what came after them; and what came over and over without calls.
     steps_run, misses, unscheduled
-        Steps so far, pages that they had to ask for, and reads outside of the expected steps.
+        Operations so far whose pages were not in place to stay, pages that they had to ask for, and
+        operations that were not expected.
     last_pass
         The last pass that the device has finished; None before the first.
     predicted_seconds
