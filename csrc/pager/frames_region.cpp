@@ -108,8 +108,11 @@ bool FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
       failed = *std::max_element(pages.begin(), pages.end(), earlier);
       order_after_load(pages_[failed], stream);
     }
+    const OwnedEvent* awaited = nullptr;  // most pages of a step come by one copy
     for (const PageIndex page : pages) {
       failed = page;
+      if (pages_[page].ready && pages_[page].ready.get() == awaited) continue;
+      awaited = pages_[page].ready.get();
       order_after_load(pages_[page], stream);
     }
   } catch (...) {

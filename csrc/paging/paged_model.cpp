@@ -25,33 +25,6 @@ std::size_t mix(std::size_t hash, std::size_t value) {
 
 }  // namespace
 
-/// Somebody who tries to begin, and may hold pages for a moment.
-class PagedModel::Trying {
- public:
-  explicit Trying(std::atomic<int>& count) : count_(count) { ++count_; }
-  ~Trying() { --count_; }
-  Trying(const Trying&) = delete;
-  Trying& operator=(const Trying&) = delete;
-
- private:
-  std::atomic<int>& count_;
-};
-
-/// Tells who waits for room, when pages were let go of.
-class PagedModel::Releasing {
- public:
-  explicit Releasing(PagedModel& model) : model_(model) {}
-  ~Releasing() {
-    ++model_.released_;
-    model_.changed_.notify_all();
-  }
-  Releasing(const Releasing&) = delete;
-  Releasing& operator=(const Releasing&) = delete;
-
- private:
-  PagedModel& model_;
-};
-
 PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
                        std::shared_ptr<Region> region, std::vector<TensorPlace> tensors)
     : name_(std::move(name)),
@@ -104,44 +77,60 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
       ++beside_;
     }
     pages = steps_[step].pages;
+    holders_.push_back(std::this_thread::get_id());
   }
-  hold.in_place = !streamer_->tracing() && region_->begin_in_place(*pages);
-  if (!hold.in_place) begin_beside_others(step, at, *pages, stream);
-  const std::lock_guard lock(mutex_);
-  holders_.push_back(std::this_thread::get_id());
+  hold.pages = std::move(pages);
+  try {
+    hold.in_place = !streamer_->tracing() && region_->begin_in_place(*hold.pages);
+    if (!hold.in_place) streamer_->begin(step, at, stream);
+    return hold;
+  } catch (const CapExceededError& error) {
+    drop_holder();
+    if (hold.pages->size() * region_->page_size() > room_) throw explain(step, error);
+  } catch (...) {
+    drop_holder();
+    throw;
+  }
+  begin_after_others(hold, at, stream);
   return hold;
 }
 
-void PagedModel::begin_beside_others(StepId step, StepId at, const std::vector<PageIndex>& pages,
-                                     StreamHandle stream) {
-  try {
-    const Trying trying(trying_);
-    streamer_->begin(step, at, stream);
-    return;
-  } catch (const CapExceededError& error) {
-    if (pages.size() * region_->page_size() > room_) throw explain(step, error);
-  }
+void PagedModel::begin_after_others(const Hold& hold, StepId at, StreamHandle stream) {
   // One at a time, or who waits would take from each other what has become free.
   const std::lock_guard turn(waiting_);
   const auto until = std::chrono::steady_clock::now() + kPatience;
   for (;;) {
-    const std::uint64_t released = released_;
-    const bool alone = !is_held_elsewhere();
+    std::uint64_t dropped = 0;
+    bool alone = false;
+    {
+      const std::lock_guard lock(mutex_);
+      dropped = dropped_;
+      const auto me = std::this_thread::get_id();
+      alone = std::all_of(holders_.begin(), holders_.end(),
+                          [&](std::thread::id holder) { return holder == me; });
+      holders_.push_back(me);
+    }
     try {
-      streamer_->begin(step, at, stream);
+      streamer_->begin(hold.step, at, stream);
       return;
     } catch (const CapExceededError& error) {
-      if (alone || std::chrono::steady_clock::now() > until) throw explain(step, error);
+      drop_holder();
+      if (alone || std::chrono::steady_clock::now() > until) throw explain(hold.step, error);
+    } catch (...) {
+      drop_holder();
+      throw;
     }
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, kLookAgain, [&] { return released_ != released; });
+    changed_.wait_for(lock, kLookAgain, [&] { return dropped_ > dropped + 1; });
   }
 }
 
-bool PagedModel::is_held_elsewhere() const {
+void PagedModel::drop_holder() noexcept {
   const std::lock_guard lock(mutex_);
-  const auto is_other = [](std::thread::id holder) { return holder != std::this_thread::get_id(); };
-  return trying_ > 0 || std::any_of(holders_.begin(), holders_.end(), is_other);
+  const auto mine = std::find(holders_.rbegin(), holders_.rend(), std::this_thread::get_id());
+  if (mine != holders_.rend()) holders_.erase(std::next(mine).base());
+  ++dropped_;
+  changed_.notify_all();
 }
 
 void PagedModel::end(const Hold& hold, const PagingOperation& operation, const PagingRange* ranges,
@@ -171,19 +160,17 @@ PagedModel::Hold PagedModel::hold(const std::string& what, const std::vector<Byt
 }
 
 void PagedModel::let_go(const Hold& hold, StreamHandle stream) {
-  std::shared_ptr<const std::vector<PageIndex>> pages;
-  {
-    const std::lock_guard lock(mutex_);
-    pages = steps_[hold.step].pages;
-    const auto mine = std::find(holders_.rbegin(), holders_.rend(), std::this_thread::get_id());
-    if (mine != holders_.rend()) holders_.erase(std::next(mine).base());
+  try {
+    if (hold.in_place) {
+      region_->end(*hold.pages, stream);
+    } else {
+      streamer_->end(hold.step, stream);
+    }
+  } catch (...) {
+    drop_holder();
+    throw;
   }
-  const Releasing releasing(*this);
-  if (hold.in_place) {
-    region_->end(*pages, stream);
-  } else {
-    streamer_->end(hold.step, stream);
-  }
+  drop_holder();
 }
 
 std::size_t PagedModel::offset_of(const PagingRange& range) const {

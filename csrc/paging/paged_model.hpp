@@ -70,6 +70,7 @@ class PagedModel {
   struct Hold {
     StepId step = 0;
     bool in_place = false;  ///< Its pages stay, so the streamer was not asked.
+    std::shared_ptr<const std::vector<PageIndex>> pages;
   };
 
   /// An operation begins. @return what `end` takes.
@@ -143,12 +144,9 @@ class PagedModel {
   std::size_t tensor_at(std::size_t offset) const;
   void tell_of_use();
   void tell_of_pass(const PassEnd& end);
-  class Trying;
-  class Releasing;
-  /// Begins a step, after operations of other threads where there is no room beside them.
-  void begin_beside_others(StepId step, StepId at, const std::vector<PageIndex>& pages,
-                           StreamHandle stream);
-  bool is_held_elsewhere() const;
+  /// Begins a step for which there was no room, after operations of other threads.
+  void begin_after_others(const Hold& hold, StepId at, StreamHandle stream);
+  void drop_holder() noexcept;
   CapExceededError explain(StepId step, const CapExceededError& error) const;
 
   // With mutex_ held.
@@ -191,11 +189,11 @@ class PagedModel {
   std::size_t place_ = 0;         // in it, of the next step
   bool guessing_ = true;          // it is the guess
 
-  std::vector<std::thread::id> holders_;    // a thread for each operation under way
-  std::condition_variable changed_;         // pages were let go of
-  std::atomic<std::uint64_t> released_{0};  // how often
-  std::atomic<int> trying_{0};              // operations that begin just now
-  std::mutex waiting_;                      // held by who waits for room
+  std::vector<std::thread::id>
+      holders_;                      // a thread for each operation that holds pages, or tries to
+  std::uint64_t dropped_ = 0;        // of them, so far
+  std::condition_variable changed_;  // one has gone
+  std::mutex waiting_;               // held by who waits for room
 
   std::mutex handlers_mutex_;
   PassHandler on_pass_;
