@@ -766,7 +766,8 @@ def test_pages_are_there_before_the_steps_that_read_them() -> None:
             part.register_forward_pre_hook(lambda *_: manager.pager.synchronize())
             for part in module.parts
         ]
-        assert same_bits(module(x), model(x))
+        for _ in range(3):  # in which its times are
+            assert same_bits(module(x), model(x))
         before = manager.stats().models["m"].memory
         for _ in range(4):
             assert same_bits(module(x), model(x))
