@@ -132,9 +132,9 @@ void bind_paging(py::module_& module) {
       .def("describe", &PagedModel::describe, py::arg("step"), without_gil)
       .def("tensors", &PagedModel::tensors, py::arg("step"), without_gil,
            "Name the tensors that lie on a step's pages.")
-      .def("on_pass", &PagedModel::on_pass, py::arg("handler").none(true),
+      .def("on_pass", &PagedModel::on_pass, py::arg("handler").none(true), without_gil,
            "Have a function called with a PassEnd whenever a pass has ended.")
-      .def("on_next_use", &PagedModel::on_next_use, py::arg("handler").none(true),
+      .def("on_next_use", &PagedModel::on_next_use, py::arg("handler").none(true), without_gil,
            "Have a function called once, before the next operation.")
       .def("set_room", &PagedModel::set_room, py::arg("nbytes"),
            "Say how many bytes may be in place at once.")

@@ -304,26 +304,32 @@ std::size_t PagedModel::part_bytes(const PagingRange* ranges, std::size_t count)
 
 // ---- handlers ----------------------------------------------------------------------------------
 
+// Handlers may be Python's, and copying or destroying one takes its global lock: so that is done
+// without this one.
+
 void PagedModel::on_pass(PassHandler handler) {
+  auto next = std::make_shared<const PassHandler>(std::move(handler));
   const std::lock_guard lock(handlers_mutex_);
-  on_pass_ = std::move(handler);
+  on_pass_.swap(next);
 }
 
 void PagedModel::on_next_use(UseHandler handler) {
+  const bool tells = static_cast<bool>(handler);
+  auto next = std::make_shared<const UseHandler>(std::move(handler));
   const std::lock_guard lock(handlers_mutex_);
-  on_next_use_ = std::move(handler);
-  tells_of_use_ = static_cast<bool>(on_next_use_);
+  on_next_use_.swap(next);
+  tells_of_use_ = tells;
 }
 
 void PagedModel::tell_of_use() {
   if (!tells_of_use_.load(std::memory_order_relaxed)) return;
-  UseHandler tell;
+  std::shared_ptr<const UseHandler> tell;
   {
     const std::lock_guard lock(handlers_mutex_);
     tell = std::exchange(on_next_use_, nullptr);
     tells_of_use_ = false;
   }
-  if (tell) tell();
+  if (tell && *tell) (*tell)();
 }
 
 }  // namespace penstock

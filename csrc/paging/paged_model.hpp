@@ -196,8 +196,8 @@ class PagedModel {
   std::mutex waiting_;               // held by who waits for room
 
   std::mutex handlers_mutex_;
-  PassHandler on_pass_;
-  UseHandler on_next_use_;
+  std::shared_ptr<const PassHandler> on_pass_;
+  std::shared_ptr<const UseHandler> on_next_use_;
   std::atomic<bool> tells_of_use_{false};
   std::atomic<std::size_t> room_{std::numeric_limits<std::size_t>::max()};
 };

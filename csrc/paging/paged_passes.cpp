@@ -43,12 +43,12 @@ void PagedModel::change_pass(StepId first, StreamHandle stream,
 }
 
 void PagedModel::tell_of_pass(const PassEnd& end) {
-  PassHandler tell;
+  std::shared_ptr<const PassHandler> tell;
   {
     const std::lock_guard lock(handlers_mutex_);
     tell = on_pass_;
   }
-  if (tell) tell(end);
+  if (tell && *tell) (*tell)(end);
 }
 
 void PagedModel::open_pass(StepId first, StreamHandle stream) {

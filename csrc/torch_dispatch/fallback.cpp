@@ -12,6 +12,23 @@ namespace penstock::torch_dispatch {
 
 namespace {
 
+// Sees to it that nothing without the key gets to paged memory.
+void take_care(const Signature& signature, torch::jit::Stack* stack) {
+  const std::size_t first = stack->size() - signature.count;
+  const auto keyed = [](const c10::IValue& value) {
+    return value.isTensor() && value.toTensor().defined() && is_keyed(value.toTensor());
+  };
+  if (signature.care == Care::kRefuse && keyed((*stack)[first])) return;
+  for (std::size_t i = first; i < stack->size(); ++i) {
+    if (!keyed((*stack)[i])) continue;
+    TORCH_CHECK(
+        signature.care != Care::kRefuse, signature.name,
+        ": an ordinary tensor cannot take over the memory of a paged one, which others may "
+        "have at any time: use the paged tensor, a view of it (detach()) or a copy (clone())");
+    (*stack)[i] = (*stack)[i].toTensor().clone();
+  }
+}
+
 void see(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const PagingApi* api = paging_api();
   if (api == nullptr) {
@@ -19,6 +36,7 @@ void see(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::St
     return;
   }
   const Operation operation{op, keys, signature_of(op), *api};
+  if (operation.signature.care != Care::kNone) take_care(operation.signature, stack);
   if (operation.signature.lets_through(op)) return operation.go_on(stack);
   const Uses uses = uses_of(operation.signature, *stack);
   if (uses.ranges.empty()) return operation.go_on(stack);
@@ -34,6 +52,7 @@ bool is_passed_by(const c10::OperatorHandle& op) {
   const std::string& name = op.schema().name();
   if (name.rfind("aten::", 0) != 0) return false;
   const Signature& signature = signature_of(op);
+  if (signature.care != Care::kNone) return false;
   const bool frequent = name == "aten::linear" || name == "aten::matmul";
   return signature.arguments.empty() || (frequent && signature.lets_through(op));
 }

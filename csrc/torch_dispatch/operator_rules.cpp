@@ -137,6 +137,15 @@ bool runs_by_elements(std::string_view name) {
   return name == "_amp_foreach_non_finite_check_and_unscale_" || among(name, kOptimizers);
 }
 
+bool keeps_without_key(std::string_view name) {
+  if (name.starts_with('_')) name.remove_prefix(1);
+  return name.starts_with("sparse_") && name.find("_tensor") != std::string_view::npos;
+}
+
+bool takes_storage(std::string_view name) {
+  return name == "set_";
+}
+
 bool joins_a_list(std::string_view name) {
   return name == "cat" || name == "stack";
 }

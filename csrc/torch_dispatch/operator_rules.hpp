@@ -26,6 +26,13 @@ bool says_training(std::string_view argument);
 /// of them after the others, with the same bits.
 bool runs_by_elements(std::string_view name);
 
+/// Whether the operator makes a sparse tensor that keeps the memory of its arguments, without their
+/// key: it is given copies.
+bool keeps_without_key(std::string_view name);
+
+/// Whether the operator has its first argument take over the storage of another one.
+bool takes_storage(std::string_view name);
+
 /// Whether the operator joins a list of tensors into one.
 bool joins_a_list(std::string_view name);
 

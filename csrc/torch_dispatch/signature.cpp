@@ -81,6 +81,8 @@ std::unique_ptr<Signature> parse(const c10::OperatorHandle& op) {
   const auto colons = base.find("::");
   const bool aten = base.substr(0, colons) == "aten";
   base.remove_prefix(colons == std::string_view::npos ? 0 : colons + 2);
+  if (aten && keeps_without_key(base)) made->care = Care::kCopy;
+  if (aten && takes_storage(base)) made->care = Care::kRefuse;
   if (aten && looks_at_no_values(base)) return made;
   // Operators of other libraries may be composite by registration and yet take addresses.
   made->composite = aten &&

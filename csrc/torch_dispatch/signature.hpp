@@ -32,6 +32,13 @@ struct Argument {
   bool list;  ///< Of tensors, of optional tensors, or of such lists.
 };
 
+/// What is to be done with keyed arguments beside holding them.
+enum class Care : std::uint8_t {
+  kNone,
+  kCopy,    ///< Copies are given in their place.
+  kRefuse,  ///< They are refused, unless the first argument has the key too.
+};
+
 struct Signature {
   std::string name;                 ///< Such as "aten::mm".
   std::vector<Argument> arguments;  ///< Those that may be tensors of which values are used.
@@ -39,6 +46,7 @@ struct Signature {
   std::int32_t training = -1;       ///< Index of the argument that says whether it trains.
   bool composite = false;           ///< Composed of others, unless a backend has its own kernel.
   Parts parts = Parts::kNone;
+  Care care = Care::kNone;
 
   /// Whether nothing has to be held for the operation. Composition is looked at anew in each call,
   /// since a library may register a kernel of its own at any time.

@@ -80,6 +80,11 @@ def _require_movable(slot: Slot) -> None:
             f"{slot.names[0]!r} is a {type(tensor).__name__}, which holds its values in "
             "tensors of its own: such weights cannot be paged"
         )
+    if tensor.is_conj() or tensor.is_neg():
+        raise ModelError(
+            f"{slot.names[0]!r} is a conjugate or negative view: give the module its values "
+            "(resolve_conj(), resolve_neg())"
+        )
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise ModelError(
             f"{slot.names[0]!r} has no plain values in memory (on meta, sparse or quantized): "
@@ -102,6 +107,8 @@ def _passing_buffers(module: nn.Module, slots: Sequence[Slot]) -> list[Slot]:
 
 def _join_shared(slots: Sequence[Slot], passing: Sequence[Slot]) -> tuple[list[Slot], list[View]]:
     """Replace slots whose tensors overlap in memory by one for the bytes of all of them.
+
+    So are tensors with gaps, or whose elements share bytes: they keep their strides.
 
     Parameters
     ----------
@@ -130,7 +137,7 @@ def _join_shared(slots: Sequence[Slot], passing: Sequence[Slot]) -> tuple[list[S
             runs[-1].append(slot)
             end = max(end, last)
         for run in runs:
-            if len(run) == 1:
+            if len(run) == 1 and _is_dense(run[0].current):
                 joined += [slot for slot in run if id(slot) in order]
                 continue
             end = max(_range(slot.current)[1] for slot in run)
@@ -140,6 +147,12 @@ def _join_shared(slots: Sequence[Slot], passing: Sequence[Slot]) -> tuple[list[S
                 at = _range(slot.current)[0] - first
                 views.append(View(slot.current, whole, at))
     return sorted(joined, key=lambda slot: order.get(id(slot), len(order))), views
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each byte between the first and the last one is of one element."""
+    first, end = _range(tensor)
+    return end - first == tensor.numel() * tensor.element_size()
 
 
 def _whole(run: Sequence[Slot], first: int, end: int) -> Slot:

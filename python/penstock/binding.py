@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,7 @@ class Binding:
         self._memory = memory
         self._bound: list[tuple[Slot, torch.Tensor]] = []
         self._tensors: list[torch.Tensor] = []
+        self._leaves = False
         self._warned: set[str] = set()
         for placement in placements:
             if before is not None:
@@ -101,9 +103,19 @@ class Binding:
                 if buffer is not None and id(buffer) not in placed:
                     owner._buffers[name] = buffer.to(device)
 
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Let tensors leave the memory inside the block, and for good if it succeeds."""
+        self._leaves = True
+        try:
+            yield
+        except BaseException:
+            self._leaves = False
+            raise
+
     def may_have_moved(self) -> bool:
         """Whether some tensor has memory of its own; cheap enough for every call."""
-        return not all(map(torch_dispatch.is_keyed, self._tensors))
+        return not self._leaves and not all(map(torch_dispatch.is_keyed, self._tensors))
 
     def moved(self) -> list[str]:
         """Name the tensors that are no longer where they were bound."""

@@ -373,7 +373,8 @@ class MemoryManager:
                 raise ModelError(f"model {name!r} was registered, not adopted; unregister it")
             self._require_released(name, model)
             memory = model.runner.memory if model.runner else None
-            with torch.inference_mode(False), torch.no_grad():
+            leaving = model.binding.leaving()
+            with torch.inference_mode(False), torch.no_grad(), leaving:
                 give_back(model.binding.module, memory, model.origin)
             self._forget(name)
 

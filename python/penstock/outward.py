@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.utils.dlpack
 from torch import nn
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -39,6 +40,7 @@ def give_out_copies() -> None:
     _replace(tensor, "numpy", _numpy)
     _replace(tensor, "tolist", lambda theirs, self: theirs(_plain(self)))
     _replace(tensor, "__dlpack__", lambda theirs, self, *a, **k: theirs(_plain(self), *a, **k))
+    _replace(torch.utils.dlpack, "to_dlpack", lambda theirs, self: theirs(_plain(self)))
     _replace(tensor, "__reduce_ex__", lambda theirs, self, protocol: theirs(_plain(self), protocol))
     _replace(tensor, "__deepcopy__", _deepcopy)
     _replace(tensor, "share_memory_", _refuse_sharing)
@@ -90,11 +92,20 @@ def _numpy(theirs: Callable[..., Any], self: torch.Tensor, *, force: bool = Fals
     return array
 
 
-def _deepcopy(theirs: Callable[..., Any], self: torch.Tensor, memo: dict[int, Any]) -> Any:  # noqa: ANN401
+def _deepcopy(theirs: Callable[..., Any], self: torch.Tensor, memo: dict[Any, Any]) -> Any:  # noqa: ANN401
     if not self.is_leaf:
         return theirs(self, memo)  # torch's own refusal
     if id(self) not in memo:
         copied = _plain(self)
+        # What shares memory in the original does so in the copy.
+        whole = ("penstock", self.untyped_storage().data_ptr(), self.dtype)
+        if whole not in memo:
+            base = torch.empty(0, dtype=self.dtype, device=self.device)
+            size = self.untyped_storage().nbytes() // self.element_size()
+            base.set_(self.untyped_storage(), 0, (size,), (1,))
+            memo[whole] = torch_dispatch.key(base).clone()
+        shared = memo[whole].as_strided(self.shape, self.stride(), self.storage_offset())
+        copied.data = shared
         if self.grad is not None:
             copied.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = copied

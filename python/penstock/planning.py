@@ -181,7 +181,8 @@ class Planning:
             streamer.set_trace(self._trace)
             self._phase = _Phase.TRACED
         elif self._phase is _Phase.TRACED:
-            seconds = streamer.step_seconds()
+            # Where threads run beside each other, their steps overlap.
+            seconds = [max(0.0, each) for each in streamer.step_seconds()]
             if seconds:
                 seconds += [0.0] * (len(order) - len(seconds))
                 self._seconds[order] = seconds[: len(order)]

@@ -246,7 +246,7 @@ TEST(ManagedPlan, LookAheadTakesWhatIsNotKeptAndNotUsedByOthers) {
   region->keep(pages_between(0, 20));
   EXPECT_EQ(region->ahead_batch(), 3U);
   EXPECT_EQ(region->ahead_window(), 20U - 3U - 3U + 1U + 20U);  // with those kept, to be loaded
-  region->set_schedule({pages_between(0, 29), {50}});  // of the first, 9 pass through
+  region->set_schedule({pages_between(0, 29), {50}});           // of the first, 9 pass through
   EXPECT_EQ(region->ahead_window(), 20U - 9U - 3U + 1U + 20U);
   setup.budget->charge(Tag::kActivations, 4 * kPage);
   EXPECT_EQ(region->ahead_batch(), 2U);
