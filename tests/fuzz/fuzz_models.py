@@ -1582,8 +1582,14 @@ def _(world: World, random: Random) -> object:
 
 @action("swap tensors", pure=True)
 def _(world: World, random: Random) -> object:
-    name = random.choice(names_of(world, single))
-    p = world.model.get_parameter(name)
+    # A recurrent layer refers weakly to its weights, which torch then refuses to swap; one that was
+    # built without memory refers to those that it had before.
+    names = [
+        name
+        for name in names_of(world, single)
+        if not isinstance(slot(world.model, name)[0], nn.RNNBase)
+    ]
+    p = world.model.get_parameter(random.choice(names))
     other = nn.Parameter(torch.randn(p.shape) * 0.1)
     world.optimizer = None
     world.model.zero_grad()
@@ -1722,6 +1728,8 @@ def _(world: World, random: Random) -> object:
     world.model.zero_grad()
     world.loss = None
     again = random.random() < 0.8
+    if again:
+        world.kept.clear()  # views that there were before do not follow weights onto pages
     if world.manager is not None:
         world.restore()
         if again:
