@@ -408,6 +408,30 @@ class MemoryManager:
             self._residency.remove(model.tenant)
         del self._models[name]
 
+    def require_room(self, name: str) -> None:
+        """See that the largest tensor of a model, or what an operation is known to read, fits.
+
+        Raises
+        ------
+        CapExceededError
+            If it is larger than the cap.
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            runner = self._find(name).runner
+            needed = runner.least_frames() * self._pager.page_size if runner else 0
+            cap = self._pager.cap
+            if needed > cap:
+                raise CapExceededError(
+                    f"model {name!r} has a tensor of {format_bytes(needed)}, in whole pages, that "
+                    f"an operation reads at once, and the cap is {format_bytes(cap)}: raise it to "
+                    "that at least",
+                    requested=needed,
+                    cap=cap,
+                    used=self._pager.budget.stats().used,
+                )
+
     def acquire(self, name: str) -> nn.Module:
         """Mark a model as in use, begin to bring it in, and return it.
 

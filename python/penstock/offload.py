@@ -12,6 +12,7 @@ from torch import nn
 from penstock import _core
 from penstock.errors import ModelError
 from penstock.manager import MemoryManager
+from penstock.weights import find_slots
 
 __all__ = ["keep_acquired", "manager_of", "offload", "restore"]
 
@@ -74,8 +75,8 @@ def offload(
     Raises
     ------
     ModelError
-        If it is offloaded already, has weights that cannot move (on meta, sparse, quantized), or a
-        pattern matches nothing.
+        If it is offloaded already, has no weights or some that cannot move (on meta, sparse,
+        quantized), or a pattern matches nothing.
     CapExceededError
         If a step of it cannot run under the cap, or what is pinned does not fit. The module is as
         it was then.
@@ -90,8 +91,14 @@ def offload(
     manager = MemoryManager(
         cap=cap, device=device, pager=pager, host="pinned", page_size=page_size, verify=verify
     )
+    if not any(slot.current.numel() for slot in find_slots(model)):
+        raise ModelError(
+            f"{type(model).__name__} has no weights, so there is nothing to offload: give it the "
+            "module that holds them"
+        )
     manager.adopt(_NAME, model, pin=pin, stream=stream)
     try:
+        manager.require_room(_NAME)
         keep_acquired(manager, _NAME, adopted=True)
     except BaseException:
         manager.give_back(_NAME)

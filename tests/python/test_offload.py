@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, ModelError
+from penstock import CapExceededError, ModelError, torch_dispatch
 from python.support import KIB, build, mlp, same_bits, state_of
 
 PAGERS = ("managed", "frames")
@@ -160,3 +160,19 @@ def test_host_tiers_that_need_files_are_refused(plain: nn.Module) -> None:
         mm = penstock.MemoryManager(cap="1MiB", device="cpu", pager="frames", host=host)
         with pytest.raises(ModelError, match="reads from files"):
             mm.adopt("own", plain)
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(ModelError, match="ReLU has no weights, so there is nothing to offload"):
+        penstock.offload(nn.ReLU(), cap="1MiB", device="cpu")
+
+
+@pytest.mark.parametrize("pager", ["managed", "frames"])
+def test_a_cap_below_the_largest_tensor_is_refused_at_once(pager: str) -> None:
+    model = nn.Sequential(nn.Linear(512, 512))
+    values = model[0].weight.detach().clone()
+    with pytest.raises(CapExceededError, match=r"1\.0. MiB"):
+        penstock.offload(model, cap="128KiB", device="cpu", pager=pager, page_size="64KiB")
+    assert penstock.manager_of(model) is None
+    assert torch.equal(model[0].weight, values)
+    assert not torch_dispatch.is_keyed(model[0].weight)
