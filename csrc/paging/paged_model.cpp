@@ -41,8 +41,7 @@ PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
       order.push_back(*steps_[step].pages);
     }
   }
-  guess_size_ = static_cast<StepId>(order.size());
-  followed_.resize(guess_size_);
+  followed_.resize(order.size());
   std::iota(followed_.begin(), followed_.end(), StepId{0});
   streamer_->follow(followed_, std::move(order));
 }

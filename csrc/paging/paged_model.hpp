@@ -169,7 +169,6 @@ class PagedModel {
   const std::shared_ptr<Streamer> streamer_;
   const std::vector<TensorPlace> tensors_;
   std::vector<StepId> guess_of_tensor_;  // its first step
-  StepId guess_size_ = 0;                // steps of the guess: those with the first ids
 
   mutable std::mutex mutex_;
   std::vector<Step> steps_;  // by id

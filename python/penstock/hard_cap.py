@@ -207,15 +207,6 @@ class HardCap:
         self._idle.clear()
         return self.allocator.give_back(least)
 
-    def is_roomy(self) -> bool:
-        """Whether so much is free that tensors need no weights to give way.
-
-        That is a quarter of the cap, and as much as tensors have ever needed.
-        """
-        budget = self.pager.budget
-        needed = max(budget.cap // 4, self.allocator.peak_active_bytes)
-        return budget.available >= needed
-
 
 def _host_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
