@@ -58,8 +58,6 @@ void bind_pager(py::module_& module) {
           },
           py::arg("pages"), py::arg("stream") = 0, without_gil,
           "Let go of pages once the stream's work so far has run.")
-      .def("settled", &Region::settled, py::arg("pages"), without_gil,
-           "Whether begin would find the pages in place and nothing to wait for.")
       .def("evict", &Region::evict, py::arg("pages"), without_gil,
            "Drop pages that are not in use; return bytes given back.")
       .def("flush", &Region::flush, without_gil,

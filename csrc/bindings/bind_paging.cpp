@@ -48,6 +48,26 @@ void end(void* held, void** error) {
   }
 }
 
+bool begin_at_once(const PagingOperation* operation, const PagingRange* ranges, std::size_t count,
+                   void** held) noexcept {
+  try {
+    HeldOperation* begun = nullptr;
+    const bool done = PagedModels::get().begin_at_once(*operation, ranges, count, &begun);
+    *held = begun;
+    return done;
+  } catch (...) {  // beginning it will tell
+    return false;
+  }
+}
+
+bool end_at_once(void* held) noexcept {
+  try {
+    return PagedModels::end_at_once(static_cast<HeldOperation*>(held));
+  } catch (...) {
+    return false;
+  }
+}
+
 std::size_t part_bytes(const PagingRange* ranges, std::size_t count) {
   try {
     return PagedModels::get().part_bytes(ranges, count);
@@ -56,7 +76,7 @@ std::size_t part_bytes(const PagingRange* ranges, std::size_t count) {
   }
 }
 
-const PagingApi kApi{PagingApi::kVersion, &begin, &end, &part_bytes};
+const PagingApi kApi{PagingApi::kVersion, &begin, &end, &begin_at_once, &end_at_once, &part_bytes};
 
 using Place = std::tuple<std::size_t, std::size_t, std::size_t, std::string>;
 

@@ -14,13 +14,17 @@ using cuda_api::driver;
 
 namespace {
 
-// Selects a GPU for the calling thread and puts the thread's own choice back. Always sets it, since
-// that is what makes the GPU's primary context current, which driver calls need.
+// Selects a GPU for the calling thread and puts the thread's own choice back. Sets it once in each
+// thread even where it is the thread's choice: that is what makes the GPU's primary context
+// current, which driver calls need.
 class SelectDevice {
  public:
   explicit SelectDevice(int ordinal) : ordinal_(ordinal) {
+    thread_local int current = -1;  // the last that was set here
     check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ == ordinal && current == ordinal) return;
     check(cudaSetDevice(ordinal), "cudaSetDevice");
+    current = ordinal;
   }
   ~SelectDevice() {
     if (previous_ != ordinal_) static_cast<void>(cudaSetDevice(previous_));  // it was valid
@@ -140,7 +144,7 @@ void CudaDevice::stream_synchronize(StreamHandle stream) {
 }
 
 bool CudaDevice::stream_capturing(StreamHandle stream) {
-  const SelectDevice selected(info_.ordinal);
+  // A stream knows its GPU; the default one of another GPU answers the same: whether any captures.
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t result = cudaStreamIsCapturing(native(stream), &status);
   if (result == cudaErrorStreamCaptureImplicit) {  // the default stream, beside one that captures

@@ -13,6 +13,9 @@ namespace penstock {
 namespace {
 
 constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
+// Each copy and what orders it takes some microseconds of the host, so that of little bytes is made
+// for several steps: as much as the link moves in 0.3 ms.
+constexpr std::size_t kLittle = std::size_t{16} << 20;
 
 }  // namespace
 
@@ -45,6 +48,12 @@ std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
   return there;
 }
 
+void FramesRegion::find_least_load() {
+  // What the largest step reads is in use meanwhile, and half of the rest is on its way.
+  const std::size_t half = (ring_ - std::min(ring_, largest_step_)) / 2;
+  least_load_ = std::max<std::size_t>(1, std::min(kLittle / page_size_, half));
+}
+
 bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
   const auto begin = pages_.begin();
   return std::any_of(begin + first, begin + page,
@@ -62,7 +71,8 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
     const PageIndex next = pages[i];
     if (next >= first && next < first + count) continue;  // steps that follow each other share it
     if (next != first + count || in_place(pages_[next], next)) break;
-    if (!capture_ && schedule_.next_use(next, now_) != use) break;
+    const bool little = count * page_size_ < kLittle;
+    if (!capture_ && !little && schedule_.next_use(next, now_) != use) break;
     if (shares_place(next, first)) break;
     if (!may_load(next)) return capture_ && !waits_for_newest() ? 0 : count;  // soon there is more
     ++count;
@@ -120,9 +130,10 @@ void FramesRegion::load(PageIndex first, std::size_t count, bool demanded) {
       overwritten.push_back(owner);
       owner = kNobody;
     }
-    if (trace_ && !capture_) start = events_.record(copies_.get());
+    const bool timed = trace_ && !capture_;
+    if (timed) start = timed_events_.record(copies_.get());
     copy_in(first, pieces);
-    ready = events_.record(copies_.get());
+    ready = (timed ? timed_events_ : events_).record(copies_.get());
   } catch (...) {
     settle_copies();
     for (PageIndex page = first; page < fetched; ++page) tier_->release(page, nullptr);

@@ -230,6 +230,8 @@ void FramesRegion::arrange(const Arrangement& wanted) {
   }
   drop_empty_places();
   arranged_ = true;
+  ring_ = wanted.ring;
+  find_least_load();
 }
 
 void FramesRegion::place(PageIndex index) {

@@ -29,7 +29,8 @@ FramesRegion::FramesRegion(std::shared_ptr<FramePool> pool, std::shared_ptr<Host
       memory_(device_, page_count() * page_size_),
       pages_(page_count()),
       waits_pass_errors_(device_->info().kind == DeviceKind::kHost),
-      events_(device_, Timing::kOn),
+      events_(device_, Timing::kOff),
+      timed_events_(device_, Timing::kOn),
       copies_(device_) {
   address_ = memory_.address();
 }
@@ -73,8 +74,8 @@ bool FramesRegion::begin(const std::vector<PageIndex>& pages, StreamHandle strea
 }
 
 bool FramesRegion::begin_in_place(const std::vector<PageIndex>& pages) {
-  const std::lock_guard lock(mutex_);
-  if (!arranged_ || capture_) return false;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || !arranged_ || capture_) return false;
   const bool settled = std::all_of(pages.begin(), pages.end(), [&](PageIndex index) {
     const Page& page = pages_.at(index);
     return in_place(page, index) && !page.ready && places_[page.place].pages.size() == 1;
@@ -108,11 +109,8 @@ bool FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
       failed = *std::max_element(pages.begin(), pages.end(), earlier);
       order_after_load(pages_[failed], stream);
     }
-    const OwnedEvent* awaited = nullptr;  // most pages of a step come by one copy
     for (const PageIndex page : pages) {
       failed = page;
-      if (pages_[page].ready && pages_[page].ready.get() == awaited) continue;
-      awaited = pages_[page].ready.get();
       order_after_load(pages_[page], stream);
     }
   } catch (...) {
@@ -134,18 +132,29 @@ bool FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
 void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
   if (!page.ready) return;
   // A load that is over is waited for here: that tells at once whether it failed, where a stream
-  // would tell later, somewhere else. A capture cannot ask.
-  if (!capture_ && device_->event_done(page.ready->get())) {
-    device_->event_synchronize(page.ready->get());
+  // would tell later, somewhere else. A capture cannot ask. On a GPU asking costs more than
+  // ordering does, and a failure is there to stay: only a page that stays is asked for, until it is
+  // there.
+  const bool asks = waits_pass_errors_ || places_[page.place].pages.size() == 1;
+  if (!capture_ && asks && device_->event_done(page.ready->get())) {
+    if (waits_pass_errors_) device_->event_synchronize(page.ready->get());
     page.ready.reset();
     return;
   }
+  // Most pages of a step, and of its neighbours, come by one copy.
+  if (!capture_ && ordered_after(page.ready, stream)) return;
   if (capture_) {
     std::uint64_t& known = capture_->loads[stream.value];
     if (page.load <= known) return;
     known = page.load;
   }
   device_->event_wait(stream, page.ready->get());
+  if (!capture_) awaited_[stream.value] = page.ready;
+}
+
+bool FramesRegion::ordered_after(const Event& load, StreamHandle stream) const {
+  const auto known = awaited_.find(stream.value);
+  return known != awaited_.end() && known->second == load;
 }
 
 void FramesRegion::note(Uses& uses, const Use& use) {
@@ -190,6 +199,23 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     for (++i; i > 0; --i) ++pages_[pages[i - 1]].pins;
     throw ScheduleError("end: page " + std::to_string(page) + " was not begun");
   }
+  let_go(pages, stream);
+  if (!verify_) return;
+  for (const PageIndex index : pages) {
+    const Page& page = pages_[index];
+    if (page.pins == 0 && places_[page.place].pages.size() > 1) poison(places_[page.place]);
+  }
+}
+
+bool FramesRegion::end_in_place(const std::vector<PageIndex>& pages, StreamHandle stream) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || verify_ || pages.empty()) return false;
+  for (const PageIndex page : pages) --pages_[page].pins;
+  let_go(pages, stream);
+  return true;
+}
+
+void FramesRegion::let_go(const std::vector<PageIndex>& pages, StreamHandle stream) {
   pins_ -= pages.size();
   if (pins_ == 0) idle_.notify_all();
   Use last{stream.value, ++uses_, nullptr};
@@ -199,18 +225,14 @@ void FramesRegion::end(const std::vector<PageIndex>& pages, StreamHandle stream)
     note(page.readers, last);
     note(places_[page.place].readers, last);
   }
-  if (!verify_) return;
-  for (const PageIndex index : pages) {
-    const Page& page = pages_[index];
-    if (page.pins == 0 && places_[page.place].pages.size() > 1) poison(places_[page.place]);
-  }
 }
 
-bool FramesRegion::settled(const std::vector<PageIndex>& pages) const {
+bool FramesRegion::settled(const std::vector<PageIndex>& pages, StreamHandle stream) const {
   const std::lock_guard lock(mutex_);
   check_pages(pages);
   return std::all_of(pages.begin(), pages.end(), [&](PageIndex index) {
-    return in_place(pages_[index], index) && !pages_[index].ready;
+    const Event& ready = pages_[index].ready;
+    return in_place(pages_[index], index) && (!ready || ordered_after(ready, stream));
   });
 }
 
@@ -220,6 +242,7 @@ void FramesRegion::set_schedule(std::vector<std::vector<PageIndex>> steps) {
   const std::lock_guard lock(mutex_);
   largest_step_ = 0;
   for (const auto& step : steps) largest_step_ = std::max(largest_step_, step.size());
+  find_least_load();
   schedule_ = Schedule(pages_.size(), std::move(steps));
   now_ = 0;
 }

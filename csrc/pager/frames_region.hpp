@@ -28,6 +28,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -74,14 +75,16 @@ class FramesRegion : public Region {
 
   bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   bool begin_in_place(const std::vector<PageIndex>& pages) override;
+  bool end_in_place(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
-  bool settled(const std::vector<PageIndex>& pages) const override;
+  bool settled(const std::vector<PageIndex>& pages, StreamHandle stream) const override;
   std::size_t evict(const std::vector<PageIndex>& pages) override;
   void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
   void advance(StepIndex step) override;
   std::size_t load_ahead(const std::vector<PageIndex>& pages) override;
   std::size_t ahead_batch() const override { return 64; }
   std::size_t ahead_window() const override { return std::numeric_limits<std::size_t>::max(); }
+  std::size_t least_load() const override { return least_load_; }
   RegionStats stats() const override;
 
   /// Takes or gives back frames, and maps pages as told; pages in place stay so where they can.
@@ -204,6 +207,7 @@ class FramesRegion : public Region {
     return place.owner == kNobody || pages_[place.owner].pins == 0;
   }
   bool may_load(PageIndex page);
+  void find_least_load();
   /// How many pages, from pages[start] on, to load by one copy now; 0 for none yet.
   std::size_t run_to_load(const std::vector<PageIndex>& pages, std::size_t start);
   /// The same for a pass that is captured: how many would be best, whether there is room or not.
@@ -246,6 +250,10 @@ class FramesRegion : public Region {
   bool shares_place(PageIndex page, PageIndex first) const;
   /// Orders `stream` after the page's load. @throws what the load threw, if that is known.
   void order_after_load(Page& page, StreamHandle stream);
+  /// Whether the stream is ordered after it already, by the copy that it waited for last.
+  bool ordered_after(const Event& load, StreamHandle stream) const;
+  /// Ends a use of pages that are in use.
+  void let_go(const std::vector<PageIndex>& pages, StreamHandle stream);
   void unpin(const std::vector<PageIndex>& pages);
   /// Makes the page's bytes be loaded anew, unless somebody reads them.
   void forget(PageIndex page);
@@ -276,6 +284,8 @@ class FramesRegion : public Region {
   bool protected_ = false;
   bool retired_ = false;
   std::size_t largest_step_ = 0;  // pages
+  std::size_t ring_ = 0;          // places that pages share
+  std::atomic<std::size_t> least_load_{1};
   std::uint64_t mappings_ = 0;
   bool verify_ = false;
   bool writable_ = false;
@@ -289,10 +299,12 @@ class FramesRegion : public Region {
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;
   std::unordered_map<void*, StreamEnd> stream_ends_;
+  std::unordered_map<void*, Event> awaited_;  // load that a stream was ordered after last
   FramesStats stats_;
 
   bool waits_pass_errors_;
   EventPool events_;
+  EventPool timed_events_;
   std::vector<std::byte> loaded_;  // what verify looks at; outlives the copies into it
   OwnedStream copies_;
   std::vector<std::shared_ptr<RoomSource>> sources_;

@@ -49,7 +49,7 @@ std::size_t ManagedRegion::evict(const std::vector<PageIndex>& pages) {
   return pager_->evict(*this, pages);
 }
 
-bool ManagedRegion::settled(const std::vector<PageIndex>& pages) const {
+bool ManagedRegion::settled(const std::vector<PageIndex>& pages, StreamHandle /*stream*/) const {
   return pager_->settled(*this, pages);
 }
 

@@ -31,7 +31,7 @@ class ManagedRegion : public Region, public FillTarget {
 
   bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) override;
   void end(const std::vector<PageIndex>& pages, StreamHandle stream) override;
-  bool settled(const std::vector<PageIndex>& pages) const override;
+  bool settled(const std::vector<PageIndex>& pages, StreamHandle stream) const override;
   std::size_t evict(const std::vector<PageIndex>& pages) override;
   void set_schedule(std::vector<std::vector<PageIndex>> steps) override;
   void advance(StepIndex step) override;

@@ -64,12 +64,17 @@ class Region {
   /// @throws CapExceededError where they do not fit beside what is in use; nothing is held then.
   virtual bool begin(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
   /// The same where all of the pages are in place, with nothing to wait for, and to stay there.
-  /// @return whether they are; if not, nothing has happened.
+  /// Never waits. @return whether it is so, and could be told at once; if not, nothing has
+  /// happened.
   virtual bool begin_in_place(const std::vector<PageIndex>& /*pages*/) { return false; }
+  /// Lets go of what `begin_in_place` took as `end` does, if that can be done at once.
+  virtual bool end_in_place(const std::vector<PageIndex>& /*pages*/, StreamHandle /*stream*/) {
+    return false;
+  }
   /// Lets go of pages once the work given to `stream` so far has run.
   virtual void end(const std::vector<PageIndex>& pages, StreamHandle stream) = 0;
-  /// Whether `begin` would find the pages in place and nothing to wait for.
-  virtual bool settled(const std::vector<PageIndex>& pages) const = 0;
+  /// Whether `begin` would find the pages in place and have nothing to order `stream` after.
+  virtual bool settled(const std::vector<PageIndex>& pages, StreamHandle stream) const = 0;
   /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
   /// To be asked before pages are written to. @throws DeviceError where that could not be kept.
@@ -92,6 +97,8 @@ class Region {
   /// How many pages `load_ahead` is best given at once, and how many may be ahead of their use.
   virtual std::size_t ahead_batch() const = 0;
   virtual std::size_t ahead_window() const = 0;
+  /// For how many pages that have become free a load is worth its while.
+  virtual std::size_t least_load() const { return 1; }
 
   virtual RegionStats stats() const = 0;
 

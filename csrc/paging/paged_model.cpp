@@ -51,17 +51,16 @@ PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
 PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const PagingRange* ranges,
                                    std::size_t count) {
   tell_of_use();
-  if (std::any_of(ranges, ranges + count, [](const PagingRange& each) { return each.written; })) {
-    region_->require_writable();
-  }
-  const StreamHandle stream{operation.stream};
-  std::shared_ptr<const std::vector<PageIndex>> pages;
   Hold hold;
+  hold.written =
+      std::any_of(ranges, ranges + count, [](const PagingRange& each) { return each.written; });
+  if (hold.written) region_->require_writable();
+  const StreamHandle stream{operation.stream};
   StepId& step = hold.step;
   StepId at = kUnforeseen;
   {
     std::unique_lock lock(mutex_);
-    if (!capturing_ && region_->device().stream_capturing(stream)) {
+    if (is_captured(stream)) {
       throw ScheduleError(
           "model \"" + name_ +
           "\" streams, so a graph of it is captured by MemoryManager.capture, which "
@@ -75,10 +74,9 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
     } else {
       ++beside_;
     }
-    pages = steps_[step].pages;
+    hold.pages = steps_[step].pages;
     holders_.push_back(std::this_thread::get_id());
   }
-  hold.pages = std::move(pages);
   try {
     hold.in_place = !streamer_->tracing() && region_->begin_in_place(*hold.pages);
     if (!hold.in_place) streamer_->begin(step, at, stream);
@@ -92,6 +90,32 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
   }
   begin_after_others(hold, at, stream);
   return hold;
+}
+
+bool PagedModel::begin_at_once(const PagingOperation& operation, const PagingRange* ranges,
+                               std::size_t count, Hold& hold) {
+  if (tells_of_use_.load(std::memory_order_relaxed) || streamer_->tracing()) return false;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || is_captured({operation.stream})) return false;
+  const std::optional<StepId> step = known_step(operation, ranges, count);
+  if (!step || begins_pass(*step, operation.in_backward)) return false;
+  if (!region_->begin_in_place(*steps_[*step].pages)) return false;
+  if (is_mine(operation.in_backward)) {
+    note(*step);
+  } else {
+    ++beside_;
+  }
+  holders_.push_back(std::this_thread::get_id());
+  hold = {*step, true, false, steps_[*step].pages};
+  return true;
+}
+
+bool PagedModel::end_at_once(const Hold& hold, StreamHandle stream) {
+  if (!hold.in_place || hold.written) return false;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || !region_->end_in_place(*hold.pages, stream)) return false;
+  drop_holder_of_this_thread();
+  return true;
 }
 
 void PagedModel::begin_after_others(const Hold& hold, StepId at, StreamHandle stream) {
@@ -126,6 +150,10 @@ void PagedModel::begin_after_others(const Hold& hold, StepId at, StreamHandle st
 
 void PagedModel::drop_holder() noexcept {
   const std::lock_guard lock(mutex_);
+  drop_holder_of_this_thread();
+}
+
+void PagedModel::drop_holder_of_this_thread() noexcept {
   const auto mine = std::find(holders_.rbegin(), holders_.rend(), std::this_thread::get_id());
   if (mine != holders_.rend()) holders_.erase(std::next(mine).base());
   ++dropped_;
@@ -205,8 +233,26 @@ StepId PagedModel::guess_for(const PagingRange* ranges, std::size_t count) const
   return guess_of_tensor_[tensor] + static_cast<StepId>((offset - tensors_[tensor].offset) / slice);
 }
 
-StepId PagedModel::find_step(const PagingOperation& operation, const PagingRange* ranges,
-                             std::size_t count) {
+bool PagedModel::contains(const void* address) const {
+  const auto* const at = static_cast<const std::byte*>(address);
+  return at >= region_->address() && at < region_->address() + region_->nbytes();
+}
+
+bool PagedModel::is_captured(StreamHandle stream) const {
+  return !capturing_ && region_->device().stream_capturing(stream);
+}
+
+std::size_t PagedModel::hash_of(const PagingOperation& operation, const PagingRange* ranges,
+                                std::size_t count) const {
+  std::size_t hash = std::hash<const void*>()(operation.id);
+  for (std::size_t i = 0; i < count; ++i) {
+    hash = mix(mix(hash, offset_of(ranges[i])), ranges[i].nbytes);
+  }
+  return hash;
+}
+
+std::optional<StepId> PagedModel::known_step(const PagingOperation& operation,
+                                             const PagingRange* ranges, std::size_t count) const {
   const auto is_range = [&](const Bytes& known, const PagingRange& range) {
     return known.first == offset_of(range) && known.second == range.nbytes;
   };
@@ -216,18 +262,20 @@ StepId PagedModel::find_step(const PagingOperation& operation, const PagingRange
            std::equal(step.ranges.begin(), step.ranges.end(), ranges, ranges + count, is_range);
   };
   if (place_ < followed_.size() && is(followed_[place_])) return followed_[place_];
-  std::size_t hash = std::hash<const void*>()(operation.id);
-  for (std::size_t i = 0; i < count; ++i) {
-    hash = mix(mix(hash, offset_of(ranges[i])), ranges[i].nbytes);
-  }
-  const auto [first, last] = step_ids_.equal_range(hash);
+  const auto [first, last] = step_ids_.equal_range(hash_of(operation, ranges, count));
   const auto found = std::find_if(first, last, [&](const auto& each) { return is(each.second); });
-  if (found != last) return found->second;
+  if (found == last) return std::nullopt;
+  return found->second;
+}
+
+StepId PagedModel::find_step(const PagingOperation& operation, const PagingRange* ranges,
+                             std::size_t count) {
+  if (const auto known = known_step(operation, ranges, count)) return *known;
   std::vector<Bytes> bytes;
   for (std::size_t i = 0; i < count; ++i)
     bytes.emplace_back(offset_of(ranges[i]), ranges[i].nbytes);
   const StepId step = add_step(operation.id, operation.name, std::move(bytes));
-  step_ids_.emplace(hash, step);
+  step_ids_.emplace(hash_of(operation, ranges, count), step);
   return step;
 }
 

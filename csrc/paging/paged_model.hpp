@@ -70,6 +70,7 @@ class PagedModel {
   struct Hold {
     StepId step = 0;
     bool in_place = false;  ///< Its pages stay, so the streamer was not asked.
+    bool written = false;
     std::shared_ptr<const std::vector<PageIndex>> pages;
   };
 
@@ -81,6 +82,15 @@ class PagedModel {
   /// The operation has been issued, or has failed.
   void end(const Hold& hold, const PagingOperation& operation, const PagingRange* ranges,
            std::size_t count);
+
+  /// What `begin` does, where it finds all in place to stay, knows the step, and need not wait for
+  /// anybody; nothing may be written. @return whether that is so; if not, nothing has happened.
+  bool begin_at_once(const PagingOperation& operation, const PagingRange* ranges, std::size_t count,
+                     Hold& hold);
+  /// What `end` does, if it need not wait. @return whether it was done.
+  bool end_at_once(const Hold& hold, StreamHandle stream);
+  /// Whether an address is on its region.
+  bool contains(const void* address) const;
 
   /// Has pages in place for somebody who reads them without operations, until `let_go` on the same
   /// thread. @param what  For messages. @param ranges  Offsets and sizes. @throws as `begin` does.
@@ -150,7 +160,14 @@ class PagedModel {
   CapExceededError explain(StepId step, const CapExceededError& error) const;
 
   // With mutex_ held.
+  /// Whether somebody else captures a graph on the stream.
+  bool is_captured(StreamHandle stream) const;
   StepId find_step(const PagingOperation& operation, const PagingRange* ranges, std::size_t count);
+  std::optional<StepId> known_step(const PagingOperation& operation, const PagingRange* ranges,
+                                   std::size_t count) const;
+  std::size_t hash_of(const PagingOperation& operation, const PagingRange* ranges,
+                      std::size_t count) const;
+  void drop_holder_of_this_thread() noexcept;
   StepId add_step(const void* operation, std::string name, std::vector<Bytes> ranges);
   bool is_mine(bool in_backward) const;
   bool begins_pass(StepId step, bool in_backward) const;

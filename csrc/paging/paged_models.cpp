@@ -65,6 +65,12 @@ struct ThreadHolds {
   std::vector<std::unique_ptr<HeldOperation>> held;
   std::vector<std::unique_ptr<HeldOperation>> spare;
 
+  /// Whether a range is held by operations that are under way.
+  bool covers(const PagingRange& range) const {
+    return std::any_of(held.rbegin(), held.rend(),
+                       [&](const auto& outer) { return outer->covers(range); });
+  }
+
   std::unique_ptr<HeldOperation> take() {
     if (spare.empty()) return std::make_unique<HeldOperation>();
     auto taken = std::move(spare.back());
@@ -129,12 +135,8 @@ HeldOperation* PagedModels::begin(const PagingOperation& operation, const Paging
   ThreadHolds& mine = holds();
   std::unique_ptr<HeldOperation> held = mine.take();
   held->operation = operation;
-  const auto is_held = [&](const PagingRange& range) {
-    return std::any_of(mine.held.rbegin(), mine.held.rend(),
-                       [&](const auto& outer) { return outer->covers(range); });
-  };
   for (std::size_t i = 0; i < count; ++i) {
-    if (ranges[i].nbytes == 0 || is_held(ranges[i])) continue;
+    if (ranges[i].nbytes == 0 || mine.covers(ranges[i])) continue;
     std::shared_ptr<PagedModel> model = find(ranges[i].address);
     if (!model) continue;
     auto same = std::find_if(held->parts.begin(), held->parts.end(),
@@ -181,6 +183,48 @@ void PagedModels::end(HeldOperation* held) {
   mine.held.erase(std::next(found).base());
   ended->end();
   mine.spare.push_back(std::move(ended));
+}
+
+bool PagedModels::begin_at_once(const PagingOperation& operation, const PagingRange* ranges,
+                                std::size_t count, HeldOperation** held) {
+  ThreadHolds& mine = holds();
+  const auto is_held = [&](const PagingRange& range) { return mine.covers(range); };
+  *held = nullptr;
+  if (std::all_of(ranges, ranges + count, is_held)) return true;
+  if (std::any_of(ranges, ranges + count, is_held)) return false;
+  std::shared_ptr<PagedModel> model = find(ranges[0].address);
+  if (!model) return false;
+  const auto is_there = [&](const PagingRange& range) {
+    return range.nbytes > 0 && !range.written && model->contains(range.address);
+  };
+  if (!std::all_of(ranges, ranges + count, is_there)) return false;
+  std::unique_ptr<HeldOperation> taken = mine.take();
+  taken->operation = operation;
+  taken->ranges.assign(ranges, ranges + count);
+  taken->parts.push_back({std::move(model), {}, 0, count});
+  HeldOperation::Part& part = taken->parts.back();
+  mine.held.reserve(mine.held.size() + 1);  // what has begun is not lost
+  if (part.model->begin_at_once(operation, ranges, count, part.hold)) {
+    mine.held.push_back(std::move(taken));
+    *held = mine.held.back().get();
+    return true;
+  }
+  taken->parts.clear();
+  taken->ranges.clear();
+  mine.spare.push_back(std::move(taken));
+  return false;
+}
+
+bool PagedModels::end_at_once(HeldOperation* held) {
+  ThreadHolds& mine = holds();
+  if (mine.held.empty() || mine.held.back().get() != held || held->parts.size() != 1) return false;
+  const HeldOperation::Part& part = held->parts.front();
+  if (!part.model->end_at_once(part.hold, StreamHandle{held->operation.stream})) return false;
+  held->parts.clear();
+  held->ranges.clear();
+  mine.spare.push_back(std::move(mine.held.back()));
+  mine.held.pop_back();
+  return true;
 }
 
 std::size_t PagedModels::part_bytes(const PagingRange* ranges, std::size_t count) const {

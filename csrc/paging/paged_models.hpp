@@ -30,6 +30,9 @@ class PagedModels {
   HeldOperation* begin(const PagingOperation& operation, const PagingRange* ranges,
                        std::size_t count);
   static void end(HeldOperation* held);
+  bool begin_at_once(const PagingOperation& operation, const PagingRange* ranges, std::size_t count,
+                     HeldOperation** held);
+  static bool end_at_once(HeldOperation* held);
   std::size_t part_bytes(const PagingRange* ranges, std::size_t count) const;
 
  private:

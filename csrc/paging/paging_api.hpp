@@ -5,8 +5,9 @@
 // For each operation that reads or writes paged tensors: `begin` with the byte ranges of the views
 // that it was given, then the operation, then `end`, on the same thread. Operations nest, also
 // through Python; a range that an operation around it holds is not held twice. Neither function
-// needs Python's global lock, and the caller should not hold it. An exception comes as a new
-// reference to a Python object; taking hold of it takes that lock.
+// needs Python's global lock, and the caller should not hold it: they may wait. An exception comes
+// as a new reference to a Python object; taking hold of it takes that lock. Most operations read
+// what is in place to stay; `begin_at_once` and `end_at_once` are for these, and never wait.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +31,7 @@ struct PagingOperation {
 };
 
 struct PagingApi {
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   static constexpr const char* kCapsule = "penstock.paging_api";
 
   std::uint32_t version;
@@ -41,6 +42,13 @@ struct PagingApi {
                  void** error);
   /// Lets go, whether the operation has failed or not. @param error  Set where that fails.
   void (*end)(void* held, void** error);
+  /// What `begin` does, where nothing has to be waited for and nothing is written. @return whether
+  /// that is so; if not, nothing has happened. @param held  What `end` takes.
+  bool (*begin_at_once)(const PagingOperation* operation, const PagingRange* ranges,
+                        std::size_t count, void** held) noexcept;
+  /// What `end` does, for what `begin_at_once` gave. @return whether it could be done at once; if
+  /// not, nothing has happened.
+  bool (*end_at_once)(void* held) noexcept;
   /// How many bytes of paged tensors one part of an operation over a list is best given; a part has
   /// one element at least. SIZE_MAX where all of the ranges can be in place at once.
   std::size_t (*part_bytes)(const PagingRange* ranges, std::size_t count);

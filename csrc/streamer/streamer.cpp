@@ -126,6 +126,7 @@ void Streamer::load_ahead() noexcept {
 }
 
 void Streamer::move_cursor() {
+  freed_ = 0;
   {
     const std::lock_guard lock(observed_mutex_);
     if (std::exchange(demanded_, false)) skip_to(now_ + 1);  // it may have taken what was ahead
@@ -235,7 +236,7 @@ void Streamer::begin(StepId id, StepId at, StreamHandle stream) {
     ++steps_run_;
     const std::size_t count = upcoming_.order.size();
     place = count > 0 && now_ > 0 ? (now_ - 1) % count : 0;
-    timed = !capturing_ && (tracing_ || !region_->settled(*pages));
+    timed = !capturing_ && (tracing_ || !region_->settled(*pages, stream));
     range = start_range(names_[id].c_str());
   }
   const Event before = timed ? note_time(stream) : nullptr;
@@ -254,11 +255,15 @@ void Streamer::begin(StepId id, StepId at, StreamHandle stream) {
     timeline_.add_wait(id, place, before, after);
     if (tracing_) open_.back().since = after;
   }
-  if (!capturing_ && (gives_way || cursor_is_near())) load_ahead();
+  if (!capturing_ && (gives_way ? is_worth_loading() : cursor_is_near())) load_ahead();
 }
 
 bool Streamer::cursor_is_near() const {
   return !blocked_ && cursor_.time <= now_ + upcoming_.order.size() / 2;
+}
+
+bool Streamer::is_worth_loading() const {
+  return !blocked_ || cursor_.time <= now_ + 1 || freed_ >= region_->least_load();
 }
 
 void Streamer::end(StepId id, StreamHandle stream) {
@@ -277,7 +282,9 @@ void Streamer::end(StepId id, StreamHandle stream) {
     timeline_.add_span(SpanKind::kStep, id, 0, step.since, after);
   }
   region_->end(*step.pages, stream);
-  if (!capturing_ && step.gives_way) load_ahead();
+  if (capturing_ || !step.gives_way) return;
+  freed_ += step.pages->size();
+  if (is_worth_loading()) load_ahead();
 }
 
 void Streamer::set_capturing(bool capturing) {

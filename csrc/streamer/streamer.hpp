@@ -140,6 +140,8 @@ class Streamer : private PageObserver {
   void skip_to(StepTime time);
   /// Whether it is time to load ahead though no room has become free.
   bool cursor_is_near() const;
+  /// Whether it is so now that room has become free.
+  bool is_worth_loading() const;
   void count_ahead(StepTime time);
   Event note_time(StreamHandle stream) noexcept;
 
@@ -156,6 +158,7 @@ class Streamer : private PageObserver {
   std::deque<std::size_t> ahead_;  // pages asked for ahead, of each step after now_
   std::size_t pages_ahead_ = 0;    // all of them
   bool blocked_ = false;           // the cursor waits for a step to end
+  std::size_t freed_ = 0;          // pages that others may take, since the cursor moved
   bool capturing_ = false;
   std::atomic<bool> tracing_{false};
   std::uint64_t passes_ = 0;

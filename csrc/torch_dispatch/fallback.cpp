@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "torch_dispatch/frequent.hpp"
 #include "torch_dispatch/held_ranges.hpp"
 #include "torch_dispatch/list_parts.hpp"
 #include "torch_dispatch/operation.hpp"
@@ -74,6 +75,7 @@ void register_fallback() {
   static auto& library = *new torch::Library(torch::Library::IMPL, "_", kKey, __FILE__, __LINE__);
   static auto& aten = *new torch::Library(torch::Library::IMPL, "aten", kKey, __FILE__, __LINE__);
   static const bool registered = [] {
+    register_frequent(aten);
     library.fallback(torch::CppFunction::makeFromBoxedFunction<&see>());
     pass_by(aten);
     return true;

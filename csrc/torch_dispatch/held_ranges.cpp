@@ -86,6 +86,7 @@ void install(const PagingApi* api) {
 
 HeldRanges::HeldRanges(const PagingApi& api, const PagingOperation& operation, const Ranges& ranges)
     : api_(api) {
+  if (api_.begin_at_once(&operation, ranges.data(), ranges.size(), &held_)) return;
   void* error = nullptr;
   {
     const WithoutGil released;
@@ -113,6 +114,10 @@ void HeldRanges::release() {
 
 void HeldRanges::end(void** error) {
   if (held_ == nullptr) return;
+  if (api_.end_at_once(held_)) {
+    held_ = nullptr;
+    return;
+  }
   const WithoutGil released;
   api_.end(std::exchange(held_, nullptr), error);
 }

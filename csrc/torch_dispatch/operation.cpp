@@ -25,12 +25,6 @@ void* stream_of(const std::optional<c10::Device>& device) {
   return nullptr;
 }
 
-void use(const at::Tensor& tensor, bool written, Uses& uses) {
-  if (!is_keyed(tensor)) return;
-  if (const auto range = range_of(tensor, written)) uses.ranges.push_back(*range);
-  if (!uses.device && !tensor.is_cpu()) uses.device = tensor.device();
-}
-
 void use_list(c10::ArrayRef<c10::IValue> list, bool written, Uses& uses) {
   for (const auto& element : list) {
     if (element.isTensor()) {
@@ -42,6 +36,18 @@ void use_list(c10::ArrayRef<c10::IValue> list, bool written, Uses& uses) {
 }
 
 }  // namespace
+
+void use(const at::Tensor& tensor, bool written, Uses& uses) {
+  if (!is_keyed(tensor)) return;
+  if (const auto range = range_of(tensor, written)) uses.ranges.push_back(*range);
+  if (!uses.device && !tensor.is_cpu()) uses.device = tensor.device();
+}
+
+PagingOperation paging_operation(const Signature& signature,
+                                 const std::optional<c10::Device>& device) {
+  return {&signature, signature.name.c_str(), stream_of(device),
+          torch::autograd::get_current_graph_task_id() != -1};
+}
 
 Uses uses_of(const Signature& signature, const torch::jit::Stack& stack) {
   Uses uses;
@@ -66,9 +72,7 @@ Uses uses_of(const Signature& signature, const torch::jit::Stack& stack) {
 
 void Operation::run_holding(const Ranges& ranges, const std::optional<c10::Device>& device,
                             torch::jit::Stack* stack) const {
-  const PagingOperation operation{&signature, signature.name.c_str(), stream_of(device),
-                                  torch::autograd::get_current_graph_task_id() != -1};
-  HeldRanges held(api, operation, ranges);
+  HeldRanges held(api, paging_operation(signature, device), ranges);
   go_on(stack);
   held.release();
 }

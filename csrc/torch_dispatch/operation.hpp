@@ -35,6 +35,13 @@ struct Uses {
   std::optional<c10::Device> device;  ///< Of the first that is not on the host.
 };
 
+/// Adds what is used of a tensor, if it has the key.
+void use(const at::Tensor& tensor, bool written, Uses& uses);
+
+/// What the core is told of an operation that runs in this thread now.
+PagingOperation paging_operation(const Signature& signature,
+                                 const std::optional<c10::Device>& device);
+
 /// Looks at the arguments on top of the stack.
 Uses uses_of(const Signature& signature, const torch::jit::Stack& stack);
 

@@ -48,7 +48,7 @@ void cycle(FramesSetup& setup, LateLook& look, StreamHandle stream) {
     region.advance(step);
     use(setup, look, step < 3 ? Pages{2 * step, 2 * step + 1} : Pages{6}, stream);
     region.load_ahead({(2 * step + 2) % kPages, (2 * step + 3) % kPages});
-    static_cast<void>(region.settled({step}));
+    static_cast<void>(region.settled({step}, stream));
   }
   use(setup, look, {1, 4}, stream);  // on one slot
   region.arrange(arranged(kPages, 3, 1));
@@ -161,7 +161,7 @@ TEST(FramesFaults, BeginTellsOfALoadAheadThatFailedLate) {
     setup.spy->fail_late(1);
     EXPECT_EQ(setup.region->load_ahead({0, 2}), 2U);
     setup.spy->stream_synchronize(setup.region->copy_stream());
-    EXPECT_FALSE(setup.region->settled({0}));
+    EXPECT_FALSE(setup.region->settled({0}, {}));
     EXPECT_THROW(setup.region->begin({0, 2}, reader), DeviceError);
     EXPECT_TRUE(reads_right(setup, {0, 2}));
   }

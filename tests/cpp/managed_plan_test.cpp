@@ -39,13 +39,13 @@ TEST(ManagedPlan, PagesThatAreNotKeptGoInTheOrderOfTheirUseAndKeptOnesLast) {
   region->keep({0, 1});
   for (const PageIndex page : {0, 2, 1, 3}) run_step(*setup.pager, *region, {page});
   run_step(*setup.pager, *region, {4});  // 2 goes
-  EXPECT_TRUE(region->settled({0, 1, 3, 4}));
+  EXPECT_TRUE(region->settled({0, 1, 3, 4}, {}));
   run_step(*setup.pager, *region, {5});
-  EXPECT_TRUE(region->settled({0, 1, 4, 5}));
+  EXPECT_TRUE(region->settled({0, 1, 4, 5}, {}));
   run_step(*setup.pager, *region, {5, 6, 7});  // 4 and one that is kept, the least recently used
-  EXPECT_TRUE(region->settled({1, 5, 6, 7}));
+  EXPECT_TRUE(region->settled({1, 5, 6, 7}, {}));
   run_step(*setup.pager, *region, {0});  // it is still kept
-  EXPECT_TRUE(region->settled({0, 1}));
+  EXPECT_TRUE(region->settled({0, 1}, {}));
   EXPECT_THROW(region->keep({8}), std::out_of_range);
 }
 
@@ -58,14 +58,14 @@ TEST(ManagedPlan, LookAheadLeavesKeptPagesAndThoseThatAreUsedSooner) {
   setup.pager->advance(*region, 2);
   setup.pager->prefetch_ahead(*region, {5});
   setup.pager->synchronize();
-  EXPECT_TRUE(region->settled({0, 3, 4, 7}));
+  EXPECT_TRUE(region->settled({0, 3, 4, 7}, {}));
   EXPECT_EQ(setup.pager->stats().ahead_declined, 1U);
   setup.pager->advance(*region, 3);
   run_step(*setup.pager, *region, {3});
   setup.pager->advance(*region, 4);
   setup.pager->prefetch_ahead(*region, {5});
   setup.pager->synchronize();
-  EXPECT_TRUE(region->settled({0, 4, 5, 7}));
+  EXPECT_TRUE(region->settled({0, 4, 5, 7}, {}));
 }
 
 TEST(ManagedPlan, NoOneWaitsForAReaderWhereAnotherPageMayGo) {
@@ -92,9 +92,9 @@ TEST(ManagedPlan, NoOneWaitsForAReaderWhereAnotherPageMayGo) {
     } else {
       setup.pager->prefetch(*region, {3}, kCaller);
     }
-    const auto loaded = [&] { return region->settled({0, 3, 7}); };
+    const auto loaded = [&] { return region->settled({0, 3, 7}, {}); };
     ASSERT_TRUE(eventually(loaded, milliseconds(5000)));
-    EXPECT_FALSE(region->settled({1}));
+    EXPECT_FALSE(region->settled({1}, {}));
     reading.open();
   }
 }
@@ -114,7 +114,7 @@ TEST(ManagedPlan, ReaderIsWaitedForWhereNoOtherPageMayGo) {
   EXPECT_EQ(setup.device->calls()["managed_evict"], 0U);
   reading.open();
   begin.join();
-  EXPECT_TRUE(region->settled({1, 3}));  // the kept one was not taken instead
+  EXPECT_TRUE(region->settled({1, 3}, {}));  // the kept one was not taken instead
 }
 
 // ---- passes ------------------------------------------------------------------------------------
@@ -284,9 +284,9 @@ TEST_F(HeldEviction, DoesNotStopALoadThatHasRoom) {
   Running evict([&] { EXPECT_EQ(setup.pager->evict(*region, {0}), kPage); });
   evicting.wait();
   run_step(*setup.pager, *region, {2});
-  EXPECT_TRUE(region->settled({2}));
+  EXPECT_TRUE(region->settled({2}, {}));
   setup.pager->prefetch_ahead(*region, {3});
-  EXPECT_TRUE(eventually([&] { return region->settled({3}); }, milliseconds(5000)));
+  EXPECT_TRUE(eventually([&] { return region->settled({3}, {}); }, milliseconds(5000)));
   EXPECT_FALSE(evict.ended());
   go_on.open();
   evict.join();
@@ -301,7 +301,7 @@ TEST_F(HeldEviction, LetsADemandPassALoadAheadThatWaitsForIt) {
   setup.pager->prefetch_ahead(*region, {3, 4});  // one has room, and one has not
   Running begin([&] { run_step(*setup.pager, *region, {5}); });
   EXPECT_TRUE(eventually([&] { return begin.ended(); }, milliseconds(5000)));
-  EXPECT_FALSE(region->settled({3}));
+  EXPECT_FALSE(region->settled({3}, {}));
   go_on.open();
   begin.join();
   evict.join();
@@ -324,7 +324,7 @@ TEST_F(HeldEviction, IsWaitedForByWhoWantsThePage) {
   go_on.open();
   evict.join();
   for (const auto& begin : begins) begin->join();
-  EXPECT_TRUE(region->settled({0, 1}));
+  EXPECT_TRUE(region->settled({0, 1}, {}));
   EXPECT_EQ(setup.used_pages(), 2U);
   EXPECT_EQ(setup.spy->held(), 2 * kPage);  // the device has them, too
   setup.pager->end(*region, {0, 1}, kCaller);
@@ -340,7 +340,7 @@ TEST_F(HeldEviction, IsEnoughForADemandThatNeedsNoMore) {
   go_on.open();
   evict.join();
   begin.join();
-  EXPECT_TRUE(region->settled({2, 3, 4, 5}));
+  EXPECT_TRUE(region->settled({2, 3, 4, 5}, {}));
   EXPECT_EQ(setup.pager->stats().evicted_bytes, 2 * kPage);
 }
 
@@ -350,11 +350,11 @@ TEST_F(HeldEviction, PinnedPageIsNeverTaken) {
   hold_evictions();
   Running begin([&] { run_step(*setup.pager, *region, {4}); });
   evicting.wait();
-  EXPECT_TRUE(region->settled({0, 1}));
+  EXPECT_TRUE(region->settled({0, 1}, {}));
   go_on.open();
   begin.join();
   EXPECT_THROW(run_step(*setup.pager, *region, {5, 6, 7}), CapExceededError);
-  EXPECT_TRUE(region->settled({0, 1}));
+  EXPECT_TRUE(region->settled({0, 1}, {}));
 }
 
 TEST(ManagedPlan, RoomIsMadeAheadOfPagesWhoseReadersAreDone) {
@@ -372,8 +372,8 @@ TEST(ManagedPlan, RoomIsMadeAheadOfPagesWhoseReadersAreDone) {
   setup.pager->prefetch_ahead(*region, {7});
   setup.pager->synchronize();
   EXPECT_EQ(setup.used_pages(), 7U);
-  EXPECT_FALSE(region->settled({4}));
-  EXPECT_TRUE(region->settled({0, 1, 2, 3, 5, 6, 7}));
+  EXPECT_FALSE(region->settled({4}, {}));
+  EXPECT_TRUE(region->settled({0, 1, 2, 3, 5, 6, 7}, {}));
 }
 
 TEST(ManagedPlan, RoomAheadWaitsForNoReader) {
@@ -438,7 +438,7 @@ TEST(ManagedPlan, PageOfTheStepThatBeginsIsNotTakenBeforeItIsPinned) {
   setup.pager->advance(*region, 1);
   setup.pager->prefetch_ahead(*region, {3});  // and room after that
   setup.pager->synchronize();
-  EXPECT_TRUE(region->settled({1, 2, 3}));
+  EXPECT_TRUE(region->settled({1, 2, 3}, {}));
   EXPECT_EQ(setup.used_pages(), 4U);
 }
 
@@ -452,7 +452,7 @@ TEST(ManagedPlan, PageOfTheStepThatBeginsIsLoadedAheadBeforeItIsPinned) {
   setup.pager->advance(*region, 1);
   setup.pager->prefetch_ahead(*region, {1});  // asked for by a step before
   setup.pager->synchronize();
-  EXPECT_TRUE(region->settled({1, 2, 7}));
+  EXPECT_TRUE(region->settled({1, 2, 7}, {}));
 }
 
 TEST(ManagedPlan, ForkedChildDoesNotWaitForWhatItsParentAskedFor) {
