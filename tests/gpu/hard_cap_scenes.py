@@ -15,10 +15,10 @@ from torch import nn
 
 import penstock
 from penstock import _core
-from penstock import hard_cap as hard_cap_module
 from penstock.bench.peers import capture
-from penstock.hard_cap import HardCap, current_cap
-from penstock.torch_hook import hook_torch
+from penstock.cap import hard_cap as hard_cap_module
+from penstock.cap.hard_cap import HardCap, current_cap
+from penstock.cap.torch_hook import hook_torch
 
 MIB = 1 << 20
 

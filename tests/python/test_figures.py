@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, PressureEvent, _core, figures
-from penstock import hard_cap as hard_cap_module
-from penstock.hard_cap import HardCap
+from penstock import CapExceededError, PressureEvent, _core
+from penstock.cap import cap_stats as figures
+from penstock.cap import hard_cap as hard_cap_module
+from penstock.cap.hard_cap import HardCap
 
 KIB = 1 << 10
 PAGE = 64 * KIB
@@ -38,7 +39,7 @@ def hard_cap(pages: int, outside: int | None = None) -> HardCap:
 @pytest.fixture
 def cap(monkeypatch: pytest.MonkeyPatch) -> HardCap:
     made = hard_cap(64, 2 * PAGE)
-    for module in ("manager", "figures", "hard_cap"):
+    for module in ("manager.settings", "cap.cap_stats", "cap.hard_cap"):
         monkeypatch.setattr(f"penstock.{module}.current_cap", lambda _: made)
     return made
 
@@ -171,7 +172,7 @@ def test_stacks_end_when_they_are_told_to() -> None:
 
 
 def test_old_stacks_go(recorder: figures.StackRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.stacks._MOST", 2)
+    monkeypatch.setattr("penstock.cap.stacks._MOST", 2)
     tensors = [make_large() for _ in range(4)]
     kept = [bool(recorder.stack_of(tensor.data_ptr())) for tensor in tensors]
     assert kept == [False, False, True, True]
@@ -307,7 +308,8 @@ def test_forked_child_leaves_and_may_listen_itself(cap: HardCap) -> None:
 
 def test_interpreter_ends_while_somebody_listens() -> None:
     code = (
-        "from penstock import _core, hard_cap, pressure\n"
+        "from penstock import _core\n"
+        "from penstock.cap import hard_cap, pressure\n"
         "cap = hard_cap.HardCap('1MiB', device=_core.HostDevice(), page_size=65536)\n"
         "hard_cap.current_cap = lambda _: cap\n"
         "pressure.on_pressure(print)\n"

@@ -8,9 +8,9 @@ from typing import cast
 
 import pytest
 
-from penstock.memory import ModelMemory
-from penstock.parts import Parts
-from penstock.planning import Planning
+from penstock.memory.model_memory import ModelMemory
+from penstock.memory.page_rules import PageRules
+from penstock.schedule.planning import Planning
 
 PASSES = 6  # between looks
 ORDER = (0, 1)
@@ -57,7 +57,7 @@ class Memory:
     asked: list[list[float]] = field(default_factory=list)
     gains: bool = True
     page_count: int = 2
-    parts: Parts = field(default_factory=Parts)
+    rules: PageRules = field(default_factory=PageRules)
 
     def arrange(self, steps: object, seconds: Sequence[float]) -> None:
         self.planned.append(list(seconds))

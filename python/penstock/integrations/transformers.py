@@ -17,12 +17,13 @@ from torch import nn
 
 from penstock import _core
 from penstock.errors import CheckpointError, PenstockError
-from penstock.extras import require
-from penstock.integrations.deferred import Deferred, defer, source_of
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
-from penstock.manager import MemoryManager
-from penstock.offload import keep_acquired
-from penstock.weights import Weights, find_slots, open_weights
+from penstock.loading.deferred import Deferred, defer, source_of
+from penstock.loading.slots import find_slots
+from penstock.loading.weights import Weights, open_weights
+from penstock.manager.manager import MemoryManager
+from penstock.manager.offload import keep_acquired
+from penstock.optional_packages import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
