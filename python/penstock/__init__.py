@@ -10,8 +10,9 @@ has figures. May import everything but the first three. Importing is thread-safe
 from penstock._core import __version__
 from penstock.cap.cap_stats import CapStats, Holder, memory_stats, memory_summary, record_stacks
 from penstock.cap.capped import CappedScope, capped
-from penstock.cap.hard_cap import set_cap
-from penstock.cap.pressure import PressureEvent, PressureHandle, on_pressure
+from penstock.cap.pressure import on_pressure
+from penstock.cap.pressure_listener import PressureEvent, PressureHandle
+from penstock.cap.set_cap import set_cap
 from penstock.errors import (
     CapExceededError,
     CheckpointError,

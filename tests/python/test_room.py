@@ -89,7 +89,7 @@ class Room:
 def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HardCap:
     """Return a cap under which all layers stay, or some of them."""
     cap = HardCap(request.param * PAGE, device=_core.HostDevice(), page_size=PAGE)
-    monkeypatch.setattr("penstock.manager.settings.current_cap", lambda _: cap)
+    monkeypatch.setattr("penstock.cap.process.current_cap", lambda _: cap)
     return cap
 
 

@@ -19,6 +19,6 @@ def test_scoped_cap_needs_a_gpu() -> None:
 
 def test_scoped_cap_is_not_for_under_a_hard_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     cap = HardCap("1MiB", device=_core.HostDevice(), page_size=1 << 16)
-    monkeypatch.setattr("penstock.cap.capped.current_cap", lambda _: cap)
+    monkeypatch.setattr("penstock.cap.process.current_cap", lambda _: cap)
     with pytest.raises(ValueError, match="whole process"), penstock.capped("1GiB"):
         pass

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.cap.hard_cap import HardCap, current_cap, require_cap
+from penstock.cap import process
+from penstock.cap.hard_cap import HardCap
+from penstock.cap.process import STATE
 from penstock.cap.stacks import LARGE_BLOCK, StackRecorder
 from penstock.report.stats import ModelStats
 from penstock.sizes import format_bytes
@@ -123,9 +125,6 @@ class CapStats:
         return "\n".join(lines)
 
 
-_recorder: StackRecorder | None = None
-
-
 def memory_stats(device: str | torch.device = "cuda") -> CapStats:
     """Return what the bytes under a device's hard cap are used for.
 
@@ -134,7 +133,7 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
     ValueError
         If the device has none.
     """
-    cap = require_cap(device)
+    cap = process.require_cap(device)
     ledger = cap.pager.budget.stats()
     by_tag = ledger.used_by_tag
     torch_stats = cap.allocator.stats()
@@ -192,13 +191,13 @@ def record_stacks(enabled: bool = True) -> None:
     other threads and graphs take) has no stack. A stack is that of the last operation whose result
     lay at the address.
     """
-    global _recorder
-    if enabled and _recorder is None:
+    recorder = STATE.recorder
+    if enabled and recorder is None:
         recorder = StackRecorder(_explain)
         recorder.__enter__()  # type: ignore[no-untyped-call]
-        _recorder = recorder
-    elif not enabled and _recorder is not None:
-        recorder, _recorder = _recorder, None
+        STATE.recorder = recorder
+    elif not enabled and recorder is not None:
+        STATE.recorder = None
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
@@ -217,14 +216,14 @@ def _largest(cap: HardCap, count: int) -> tuple[Holder, ...]:
 
 
 def _stack_of(address: int, nbytes: int) -> tuple[str, ...]:
-    if _recorder is None or nbytes < LARGE_BLOCK:
+    if STATE.recorder is None or nbytes < LARGE_BLOCK:
         return ()
-    return _recorder.stack_of(address)
+    return STATE.recorder.stack_of(address)
 
 
 def _explain() -> str:
     """Say who made the largest blocks, for the message of an error."""
-    cap = current_cap("cuda")
+    cap = process.current_cap("cuda")
     return "" if cap is None else "".join(f"\n{line}" for line in _describe(_largest(cap, _NAMED)))
 
 

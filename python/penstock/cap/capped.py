@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 
 from penstock import _core
-from penstock.cap.hard_cap import current_cap, require_cuda
+from penstock.cap import process
+from penstock.cap.process import STATE
+from penstock.cap.set_cap import require_cuda
 from penstock.memory.pager import Pager
 
 __all__ = ["CappedScope", "capped"]
@@ -35,10 +36,6 @@ class CappedScope:
     def peak(self) -> int:
         """The most that it held at any time."""
         return self._budget.stats().peak
-
-
-_active: set[int] = set()  # ordinals
-_pluggable: list[Any] = []  # torch's object, for as long as the process lives
 
 
 @contextmanager
@@ -76,31 +73,29 @@ def capped(
     and memory outside of torch's allocator is not counted. Tensors may outlive the block; what they
     hold goes back when they are gone and torch's cache is emptied.
     """
-    if current_cap(device) is not None:
+    if process.current_cap(device) is not None:
         raise ValueError(f"{str(device)!r} has a hard cap for the whole process already")
     require_cuda(device, "capped", "Give MemoryManager a cap instead.")
     pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
     ordinal = pager.core_device.info().ordinal
-    if ordinal in _active:
+    if ordinal in STATE.capped:
         raise ValueError("another capped() block is active on this device")
     if _core.installed_torch_allocator(ordinal) is not None:
         _uninstall(ordinal)
     _core.install_torch_allocator(ordinal, _core.CachingAllocator(pager.frames))
-    _active.add(ordinal)
+    STATE.capped.add(ordinal)
     pool: torch.cuda.MemPool | None = None
     try:
-        if not _pluggable:
-            memory = torch.cuda.memory
-            hook = memory.CUDAPluggableAllocator(
+        if STATE.pool_allocator is None:
+            STATE.pool_allocator = torch.cuda.memory.CUDAPluggableAllocator(
                 _core.__file__, "penstock_pool_malloc", "penstock_pool_free"
             )
-            _pluggable.append(hook)
-        pool = torch.cuda.MemPool(_pluggable[0].allocator())
+        pool = torch.cuda.MemPool(STATE.pool_allocator.allocator())
         with torch.cuda.use_mem_pool(pool, device=pager.device):
             yield CappedScope(pager.budget)
     finally:
         pool = None  # gives back what no tensor holds
-        _active.discard(ordinal)
+        STATE.capped.discard(ordinal)
         with suppress(ValueError):  # tensors are alive, and are still to be freed there
             _uninstall(ordinal)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from penstock.torch_private import TorchDispatchMode, tree_leaves
 
 __all__ = ["LARGE_BLOCK", "StackRecorder"]
 

@@ -10,41 +10,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.backends import ContextProp
 
 from penstock import _core
+from penstock.cap.hard_cap import HardCap
 from penstock.cap.out_of_memory import find_thrower
+from penstock.cap.process import STATE
 from penstock.cap.torch_allocator import change_to_own, change_to_plain
 from penstock.errors import DeviceError
+from penstock.torch_private import ContextProp, function_of, replace_function
 
-__all__ = ["Served", "hook_torch", "is_hooked", "nested_stats"]
-
-_hook: list[Any] = []  # torch's object, if there is one, for as long as the process lives
-_served: dict[int, Served] = {}  # by ordinal
+__all__ = ["hook_torch", "nested_stats"]
 
 
-class Served(Protocol):
-    """What serves a device: a hard cap."""
-
-    allocator: _core.CachingAllocator
-
-    @property
-    def fraction(self) -> float:
-        """The cap as a part of the device's memory."""
-
-    def limit_to(self, fraction: float) -> None:
-        """Lower the cap to a part of the device's memory, or raise it again as far as it was."""
-
-
-def is_hooked() -> bool:
-    """Whether torch allocates from allocators of Penstock's, on all devices."""
-    return bool(_hook)
-
-
-def hook_torch(ordinal: int, served: Served) -> None:
+def hook_torch(ordinal: int, served: HardCap) -> None:
     """Have torch allocate from an allocator on a device.
 
     Raises
@@ -54,7 +35,7 @@ def hook_torch(ordinal: int, served: Served) -> None:
     """
     _core.install_torch_allocator(ordinal, served.allocator)
     try:
-        if not is_hooked():
+        if not STATE.hooked:
             _change_allocator()
     except (AttributeError, RuntimeError) as error:
         _core.uninstall_torch_allocator(ordinal)
@@ -63,7 +44,7 @@ def hook_torch(ordinal: int, served: Served) -> None:
             call="change_current_allocator",
             code=0,
         ) from error
-    _served[ordinal] = served
+    STATE.caps[ordinal] = served
 
 
 def _change_allocator() -> None:
@@ -71,7 +52,9 @@ def _change_allocator() -> None:
     _core.set_torch_thrower(thrower)
     # While cuDNN tries what is fast, torch looks for its own out-of-memory error.
     says_largest = bool(thrower) and change_to_own(_core.__file__)
-    _hook.append(None if says_largest else change_to_plain(_core.__file__))
+    if not says_largest:
+        STATE.torch_allocators.append(change_to_plain(_core.__file__))
+    STATE.hooked = True
     _replace_functions()
     if not says_largest:
         _keep_benchmark_off()
@@ -99,16 +82,16 @@ def _replace_functions() -> None:
 
     def serve(name: str, ours: Callable[..., Any]) -> None:
         """Replace a function whose last argument is the device."""
-        theirs = getattr(torch._C, name, None)
+        theirs = function_of(name)
 
         def function(*arguments: Any) -> Any:  # noqa: ANN401
             *given, device = arguments
-            served = _served.get(device)
+            served = STATE.caps.get(device)
             if served is not None:
                 return ours(served, *given)
             return theirs(*arguments) if theirs is not None else None
 
-        setattr(torch._C, name, function)
+        replace_function(name, function)
 
     serve("_cuda_memoryStats", lambda served: nested_stats(served.allocator))
     serve("_cuda_resetPeakMemoryStats", lambda served: served.allocator.reset_peak_stats())
@@ -118,7 +101,7 @@ def _replace_functions() -> None:
     )
     serve("_cuda_setMemoryFraction", lambda served, fraction: served.limit_to(fraction))
     serve("_cuda_getMemoryFraction", lambda served: served.fraction)
-    setattr(torch._C, "_cuda_memorySnapshot", _refuse_snapshot)  # noqa: B010
+    replace_function("_cuda_memorySnapshot", _refuse_snapshot)
 
 
 def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
@@ -130,7 +113,9 @@ def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
 
 def _keep_benchmark_off() -> None:
     """Keep cuDNN's benchmark mode off: it asks for the largest free block, and torch refuses."""
-    setter, getter = torch._C._set_cudnn_benchmark, torch._C._get_cudnn_benchmark
+    setter, getter = function_of("_set_cudnn_benchmark"), function_of("_get_cudnn_benchmark")
+    if setter is None or getter is None:
+        return
 
     def refuse(wanted: bool) -> None:
         if wanted:
@@ -144,6 +129,6 @@ def _keep_benchmark_off() -> None:
     refuse(getter())
     setter(False)
     # For `torch.backends.cudnn.flags`, and for the property, which has the function itself.
-    setattr(torch._C, "_set_cudnn_benchmark", refuse)  # noqa: B010
+    replace_function("_set_cudnn_benchmark", refuse)
     kept_off = ContextProp(getter, refuse)  # type: ignore[no-untyped-call]
     type(torch.backends.cudnn).benchmark = kept_off  # type: ignore[attr-defined]

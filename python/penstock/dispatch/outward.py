@@ -21,10 +21,10 @@ import safetensors.torch
 import torch
 import torch.utils.dlpack
 from torch import nn
-from torch.multiprocessing.reductions import reduce_tensor
 
 from penstock.dispatch import torch_dispatch
 from penstock.errors import ModelError
+from penstock.torch_private import reduce_tensor
 
 __all__ = ["give_out_copies"]
 

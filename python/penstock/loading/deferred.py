@@ -15,12 +15,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from penstock.checkpoint import TensorEntry
 from penstock.errors import CheckpointError, ModelError
 from penstock.loading.metadata import METADATA
 from penstock.loading.weights import Source
+from penstock.torch_private import (
+    change_count,
+    parse_to,
+    share_storage,
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+)
 
 __all__ = ["Deferred", "defer", "source_of"]
 
@@ -62,7 +69,7 @@ class Deferred(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if func in METADATA:
                 return func(*args, **kwargs)
             if func is _TO:
@@ -84,7 +91,7 @@ def source_of(name: str, tensor: torch.Tensor) -> Source:
     name
         Of the tensor, in the source.
     """
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         where = tensor._where if isinstance(tensor, Deferred) else tensor.detach()
         return Source(name, tensor.dtype, tuple(tensor.shape), where)
 
@@ -103,7 +110,7 @@ def _only_dtype(
     if rest and isinstance(rest[0], torch.Tensor):
         return _TO, (tensor, rest[0].dtype), {}
     named = {key: kwargs[key] for key in kwargs if key != "copy"}
-    _, dtype, _, form = torch._C._nn._parse_to(*rest, **named)
+    _, dtype, _, form = parse_to(*rest, **named)
     order = {} if form is None else {"memory_format": form}
     return _TO, (tensor, tensor.dtype if dtype is None else dtype), order
 
@@ -113,12 +120,12 @@ def _deferred_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Deferred)]
     if func in _WITHOUT_EFFECT and len(args) == 1 and not kwargs and args[0].is_contiguous():
         return _make(torch.empty_like(args[0], device="meta"), args[0]._where)
-    versions = [tensor._version for tensor in given]
+    versions = [change_count(tensor) for tensor in given]
     try:
         result = func(*args, **kwargs)
     except (NotImplementedError, RuntimeError):  # it asks for values
         result = None
-    if [tensor._version for tensor in given] != versions:
+    if [change_count(tensor) for tensor in given] != versions:
         raise ModelError(
             f"{getattr(func, '__name__', func)} changes a weight that is not read yet: load the "
             "model with from_pretrained, and give it to penstock.offload"
@@ -142,7 +149,7 @@ def _value(value: Any) -> Any:  # noqa: ANN401
     """Return a deferred tensor's values, as an ordinary tensor; anything else as it is."""
     if not isinstance(value, Deferred):
         return value
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         where = value._where
         if isinstance(where, torch.Tensor):
             return where
@@ -168,8 +175,8 @@ def _value(value: Any) -> Any:  # noqa: ANN401
 def _part(value: torch.Tensor, given: Sequence[Deferred]) -> tuple[TensorEntry, ...] | None:
     """Give the extents of a view, where it lies in the files in one piece."""
     for tensor in given:
-        same = value.untyped_storage()._cdata == tensor.untyped_storage()._cdata
-        if same and isinstance(tensor._where, tuple) and value.dtype == tensor.dtype:
+        same = share_storage(value, tensor) and value.dtype == tensor.dtype
+        if same and isinstance(tensor._where, tuple):
             if not value.is_contiguous():
                 return None
             first = int(value.storage_offset() - tensor.storage_offset()) * value.itemsize

@@ -18,6 +18,7 @@ from penstock.loading.layout import Placement, lay_out
 from penstock.loading.slots import Slot, find_slots
 from penstock.loading.weights import Source
 from penstock.memory.model_memory import ModelMemory, is_in_service
+from penstock.torch_private import holds_values_elsewhere
 
 __all__ = ["Origin", "give_back", "move_in", "survey"]
 
@@ -76,7 +77,7 @@ def _require_movable(slot: Slot) -> None:
             f"{slot.names[0]!r} is paged already, by this manager or another one: restore or "
             "give back the model that has it first"
         )
-    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    if holds_values_elsewhere(tensor):
         raise ModelError(
             f"{slot.names[0]!r} is a {type(tensor).__name__}, which holds its values in "
             "tensors of its own: such weights cannot be paged"
@@ -177,8 +178,16 @@ def _range(tensor: torch.Tensor) -> tuple[int, int]:
     return first, first + (last + 1) * tensor.element_size()
 
 
-def move_in(write: Write, placement: Placement) -> None:
-    """Write the values that a module has now to where a placement has them."""
+def move_in(write: Write | None, placement: Placement) -> None:
+    """Write the values that a module has now to where a placement has them.
+
+    Parameters
+    ----------
+    write
+        Puts bytes at an offset of the memory; None where no tensor has any.
+    """
+    if write is None:
+        return
     source = replace(placement.source, where=placement.slot.current.detach())
     for _ in write_rest(write, [replace(placement, source=source)]):
         pass

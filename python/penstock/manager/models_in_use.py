@@ -17,8 +17,8 @@ from penstock.manager.settings import Settings
 from penstock.memory.pager import Pager
 from penstock.policy import FarthestUse, Priority
 from penstock.sharing.acquire_on_call import OnCall
+from penstock.sharing.division import Overtaken
 from penstock.sharing.residency import Residency
-from penstock.sharing.sharing import Overtaken
 from penstock.sizes import format_bytes
 
 __all__ = ["ModelsInUse"]

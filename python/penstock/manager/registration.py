@@ -10,21 +10,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from penstock import _core
 from penstock.errors import ModelError
 from penstock.loading.binding import Binding, View
-from penstock.loading.fill import fill
-from penstock.loading.host_tiers import open_tier, require_budget
 from penstock.loading.layout import Placement, lay_out
 from penstock.loading.module_patterns import find_page_rules
-from penstock.loading.moving import Write, give_back, move_in, survey
+from penstock.loading.moving import give_back, move_in, survey
+from penstock.loading.open_memory import empty_memory, filled_memory
 from penstock.loading.skeleton import build_skeleton
 from penstock.loading.slots import find_slots, match
 from penstock.loading.weights import Weights, open_weights
 from penstock.manager.models_in_use import ModelsInUse
 from penstock.manager.registered_model import RegisteredModel
-from penstock.memory.frames_memory import FramesMemory
-from penstock.memory.managed_memory import ManagedMemory
 from penstock.memory.model_memory import ModelMemory
 from penstock.memory.page_rules import PageRules
 from penstock.report.progress import progress_bar
@@ -137,24 +133,16 @@ class Registration(ModelsInUse):
         self, name: str, placements: list[Placement], nbytes: int, writable: bool
     ) -> ModelMemory:
         with progress_bar(f"loading {name}", show=self._settings.progress) as progress:
-            if self._pager.kind == "managed":
-                region = self._pager.reserve(nbytes, writable=writable)
-                fill(region, placements, progress)
-                return ManagedMemory(self._pager, region)
-            tier = open_tier(
-                self._settings.host,
+            return filled_memory(
                 self._pager,
                 nbytes,
                 placements,
-                budget=self._settings.host_budget_bytes,
+                host=self._settings.host,
+                host_budget=self._settings.host_budget_bytes,
+                writable=writable,
+                verify=self._settings.verify,
                 progress=progress,
             )
-            return self._frames_memory(tier)
-
-    def _frames_memory(self, tier: _core.HostTier) -> FramesMemory:
-        memory = FramesMemory(self._pager, tier)
-        memory.region_core.set_verify(self._settings.verify)
-        return memory
 
     def _bind(
         self,
@@ -224,12 +212,12 @@ class Registration(ModelsInUse):
                 )
             placements, nbytes, origin, views = survey(module, self.pager.page_size)
             rules = self._find_page_rules(name, module, placements, pin, stream)
-            write, memory = self._empty_memory(nbytes)
+            memory = self._empty_memory(nbytes)
             if memory is not None:
                 memory.rules = rules
             with torch.inference_mode(False), torch.no_grad():
                 try:
-                    move = partial(move_in, write)
+                    move = partial(move_in, memory.write if memory is not None else None)
                     model = self._bind(name, module, placements, memory, before=move, views=views)
                 except BaseException:
                     give_back(module, memory, origin)
@@ -237,17 +225,15 @@ class Registration(ModelsInUse):
             model.origin = origin
             self._add(name, model)
 
-    def _empty_memory(self, nbytes: int) -> tuple[Write, ModelMemory | None]:
+    def _empty_memory(self, nbytes: int) -> ModelMemory | None:
         if nbytes == 0:
-            return (lambda offset, values: None), None
-        if self._pager.kind == "managed":
-            region = self._pager.reserve(nbytes, writable=False)
-            managed = ManagedMemory(self._pager, region)
-            return managed.region_core.write, managed
-        remedy = "register the model with its checkpoint, which can be streamed"
-        require_budget(nbytes, self._settings.host_budget_bytes, "a loaded module, pinned,", remedy)
-        tier = self._pager.empty_tier(nbytes)
-        return tier.write, self._frames_memory(tier)
+            return None
+        return empty_memory(
+            self._pager,
+            nbytes,
+            host_budget=self._settings.host_budget_bytes,
+            verify=self._settings.verify,
+        )
 
     def give_back(self, name: str) -> None:
         """Undo `adopt`: the weights return to ordinary memory, where they were before.

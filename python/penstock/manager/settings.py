@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from penstock import _core
-from penstock.cap.hard_cap import current_cap
+from penstock.cap import process
 from penstock.loading.host_tiers import HOST_TIERS
 from penstock.memory.pager import Pager
 from penstock.policy import Policy
@@ -57,7 +57,7 @@ class Settings:
         DeviceError
             If the device is not there or cannot page.
         """
-        hard_cap = current_cap(self.device)
+        hard_cap = process.current_cap(self.device)
         if hard_cap is None:
             if self.cap is None:
                 raise ValueError("give a cap, or set one for the process first: penstock.set_cap")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 
@@ -30,6 +32,20 @@ _CAPTURE_COST = 200  # of them, one in so many may be loaded more for fewer copi
 _DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
 
 
+@dataclass(frozen=True)
+class _Arranged:
+    """How pages were placed last, and how many mappings the region had made by then."""
+
+    slots: tuple[int | None, ...]
+    ring: int
+    mappings: int
+
+    @property
+    def frames(self) -> int:
+        """How many it takes."""
+        return self.slots.count(None) + self.ring
+
+
 class FramesMemory(ModelMemory):
     """Frames: the plan decides what stays, and where the rest goes through.
 
@@ -46,14 +62,10 @@ class FramesMemory(ModelMemory):
         super().__init__(pager, Region(core, pager.device))
         self.region_core = core
         self.tier = tier
-        self.frames = self.page_count  # that it may hold
+        self._allowed = self.page_count  # frames that it may hold
         self._least_ring = 0
-        self.gives = True  # to others who need room
-        self.active = True
         self._outside = 0  # bytes charged for what the driver takes
-        self._arranged: tuple[tuple[int | None, ...], int] | None = None
-        self._arranged_frames = 0
-        self._mappings = 0  # as of then
+        self._arranged: _Arranged | None = None
         self._lock = threading.RLock()  # others have a model give frames up while it runs
 
     @override
@@ -86,32 +98,30 @@ class FramesMemory(ModelMemory):
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
         with self._lock:
             plan = self._plan(steps, seconds)
-            arranged = (tuple(plan.slot), plan.ring)
-            mappings = self.region_core.mappings
-            if arranged != self._arranged or mappings != self._mappings:
+            if self._arranged != _Arranged(tuple(plan.slot), plan.ring, self.region_core.mappings):
                 try:
                     self.region_core.arrange(plan.slot, plan.ring)
                 except ScheduleError:  # pages stay in use: places are found on demand then
                     self.plan = None
                     return
-                self._arranged = arranged
-                self._arranged_frames = arranged[0].count(None) + plan.ring
-                self._mappings = self.region_core.mappings
+                mappings = self.region_core.mappings
+                self._arranged = _Arranged(tuple(plan.slot), plan.ring, mappings)
             self.plan = plan
-            self.paged.set_room(self.frames * self.pager.page_size)
+            self.paged.set_room(self._allowed * self.pager.page_size)
             self.tier.expect([page for page, _ in plan.loads])
 
     def _plan(self, steps: PagesOfSteps, seconds: Sequence[float]) -> _core.Plan:
         return self.pager.plan(
             self.page_count,
             steps,
-            min(self.frames, self.page_count),
+            min(self._allowed, self.page_count),
             seconds,
             keep=self.rules.keep,
             stream=self.rules.stream,
             least_ring=self._least_ring,
         )
 
+    @override
     def widen_ring(self) -> bool:
         """Have plans from now on share more frames, for fewer and larger copies in a graph.
 
@@ -142,7 +152,7 @@ class FramesMemory(ModelMemory):
     @property
     @override
     def most_pages(self) -> int:
-        return self.frames
+        return self._allowed
 
     @property
     @override
@@ -150,17 +160,29 @@ class FramesMemory(ModelMemory):
         return 1 / (_DISK_RATE if self.tier.kind == "stream" else self.pager.link_rate)
 
     @property
-    def frames_held(self) -> int:
-        """Frames that it holds now."""
+    @override
+    def held(self) -> int:
         return self.region_core.frame_count
+
+    @override
+    def allow(self, pages: int | None) -> None:
+        self._allowed = self.page_count if pages is None else pages
+
+    @override
+    def write(self, offset: int, values: np.ndarray[Any, Any]) -> None:
+        self.tier.write(offset, values)
+
+    @override
+    def capturable(self) -> _core.FramesRegion:
+        return self.region_core
 
     @override
     def follow_others(self) -> bool:
         if self._arranged is None:
             return False
-        held = self.frames_held
-        if held < self._arranged_frames:
-            self.frames = held
+        held = self.held
+        if held < self._arranged.frames:
+            self._allowed = held
             return True
         hard_cap = self.pager.hard_cap
         if hard_cap is None or self.fits():
@@ -169,7 +191,7 @@ class FramesMemory(ModelMemory):
         free = self.pager.budget.available // self.pager.page_size
         if free <= self.page_count // _LEAST_GROWTH:
             return False
-        self.frames = held + free
+        self._allowed = held + free
         return True
 
     @override
@@ -193,24 +215,23 @@ class FramesMemory(ModelMemory):
     @override
     def give_up(self, pages: int, order: Sequence[int]) -> None:
         with self._lock:
-            left = max(0, self.frames_held - pages)
+            left = max(0, self.held - pages)
             self._arranged = None
             # Frames of the ring are free only when all their pages have gone; what is in them is
             # of the least use.
             slots = self.plan.slot if isinstance(self.plan, _core.Plan) else []
             sharing = [page for page, slot in enumerate(slots) if slot is not None]
-            if sharing and self.frames_held > left:
+            if sharing and self.held > left:
                 self.region_core.evict(sharing)
             for page in order:
-                if self.frames_held <= left:
+                if self.held <= left:
                     break
                 self.region_core.evict([page])
 
     @override
     def set_turn(self, turn: int | None) -> None:
         """Say whether others may take frames without asking; their order is that of next uses."""
-        self.gives = turn is not None
-        self.region_core.set_protected(not self.gives)
+        self.region_core.set_protected(turn is None)
 
     @override
     def load_all(self, stream: int) -> None:
@@ -218,7 +239,6 @@ class FramesMemory(ModelMemory):
 
     @override
     def set_active(self, active: bool) -> None:
-        self.active = active
         self.region_core.set_active(active)
 
     @override

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 
@@ -28,7 +29,7 @@ class ManagedMemory(ModelMemory):
         self.region_core = region.core
         self._kept: tuple[int, ...] = ()
         self._pinned = False
-        self.allowed: int | None = None  # pages beside what other models claim; None: all
+        self._allowed: int | None = None  # pages beside what other models claim; None: all
 
     @override
     def arrange(self, steps: PagesOfSteps, seconds: Sequence[float]) -> None:
@@ -64,22 +65,35 @@ class ManagedMemory(ModelMemory):
 
     @override
     def give_up(self, pages: int, order: Sequence[int]) -> None:
-        before = self.region_core.stats().resident_pages
+        before = self.held
         for at in range(0, len(order), max(pages, 1)):
-            given_up = before - self.region_core.stats().resident_pages
+            given_up = before - self.held
             if given_up >= pages:
                 return
             self.region_core.evict(order[at : at + pages - given_up])
 
     @override
     def fits(self) -> bool:
-        beside = self.allowed is None or self.page_count <= self.allowed
+        beside = self._allowed is None or self.page_count <= self._allowed
         return beside and self.region.nbytes <= self.pager.cap and not self.rules.stream
 
     @property
     @override
     def most_pages(self) -> int:
         return self.pager.cap // self.pager.page_size
+
+    @property
+    @override
+    def held(self) -> int:
+        return self.region_core.stats().resident_pages
+
+    @override
+    def allow(self, pages: int | None) -> None:
+        self._allowed = pages
+
+    @override
+    def write(self, offset: int, values: np.ndarray[Any, Any]) -> None:
+        self.region_core.write(offset, values)
 
     @override
     def set_turn(self, turn: int | None) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
 
+import numpy as np
 import torch
 
 from penstock import _core
 from penstock.dispatch import torch_dispatch
 from penstock.dispatch.outward import give_out_copies
+from penstock.errors import ModelError
 from penstock.memory.managed_plan import ManagedPlan
 from penstock.memory.page_rules import NO_RULES, PageRules
 from penstock.memory.pager import Pager
@@ -140,6 +142,25 @@ class ModelMemory(ABC):
     def most_pages(self) -> int:
         """Pages that may be in place at once."""
 
+    @property
+    @abstractmethod
+    def held(self) -> int:
+        """Pages that it holds now."""
+
+    @abstractmethod
+    def allow(self, pages: int | None) -> None:
+        """Say how many pages it may count on; the next plan is for that.
+
+        Parameters
+        ----------
+        pages
+            None for as many as the cap has.
+        """
+
+    @abstractmethod
+    def write(self, offset: int, values: np.ndarray[Any, Any]) -> None:
+        """Put bytes in place, before the model is used."""
+
     @abstractmethod
     def host_copy(self, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes as they are kept on the host; not to be written to."""
@@ -173,6 +194,20 @@ class ModelMemory(ABC):
     def follow_others(self) -> bool:
         """Adopt the frames that others took or left since the last plan; return whether to plan."""
         return False
+
+    def widen_ring(self) -> bool:
+        """Have plans from now on move more at a time, for a graph; return whether to plan now."""
+        return False
+
+    def capturable(self) -> _core.FramesRegion:
+        """Return the region, whose copies can be captured in a graph.
+
+        Raises
+        ------
+        ModelError
+            If they cannot.
+        """
+        raise ModelError('capturing needs pager="frames": managed pages move by host calls')
 
     @abstractmethod
     def set_active(self, active: bool) -> None:

@@ -15,6 +15,7 @@ from penstock.memory.hard_cap_view import HardCapView
 from penstock.memory.link_rate import LinkRate
 from penstock.memory.region import Region
 from penstock.sizes import parse_bytes
+from penstock.torch_private import current_stream
 
 __all__ = ["Pager", "wait_until_pinned"]
 
@@ -128,6 +129,19 @@ class Pager:
         """Have all that is paged by this, and by pagers that share it, count for a hard cap."""
         self.hard_cap = hard_cap
         self._link.charged = True
+
+    @property
+    def divides(self) -> bool:
+        """Whether models have to be told how many pages they may hold.
+
+        Else the pager takes pages from whichever holds them, as others are used.
+        """
+        return self._frames is not None
+
+    def reclaim(self) -> None:
+        """Take back frames of regions that are gone, as far as nothing uses them any more."""
+        if self._frames is not None:
+            self._frames.reclaim_retired()
 
     @property
     def link_rate(self) -> float:
@@ -308,7 +322,7 @@ class Pager:
         """Return the handle of torch's current stream on the pager's device; 0 on the host."""
         if self.device.type != "cuda":
             return 0
-        return int(torch._C._cuda_getCurrentRawStream(self.device.index))
+        return current_stream(self.device.index)
 
     def _pages(self, region: Region, start: int, nbytes: int | None) -> list[int]:
         return region.pages_of(start, region.nbytes - start if nbytes is None else nbytes)

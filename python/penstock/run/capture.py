@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from penstock.errors import ModelError, ScheduleError
-from penstock.memory.frames_memory import FramesMemory
 from penstock.run.runner import Runner
+from penstock.torch_private import tree_map
 
 __all__ = ["CapturedPass"]
 
@@ -40,9 +39,7 @@ class CapturedPass:
         memory = runner.memory
         if memory.pager.device.type != "cuda":
             raise ModelError("a pass is captured on a CUDA device; this model runs on the host")
-        if not isinstance(memory, FramesMemory):
-            raise ModelError('capturing needs pager="frames": managed pages move by host calls')
-        self._core = memory.region_core
+        self._core = memory.capturable()
         self._memory = memory
         self._pager = memory.pager
         self._inputs = tree_map(_static, (args, kwargs))

@@ -10,18 +10,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from penstock import _core
-from penstock.errors import CapExceededError
 from penstock.loading.binding import Binding
 from penstock.memory.model_memory import ModelMemory
 from penstock.run.hooks import CallHooks
 from penstock.schedule.planning import Order, Planning
+from penstock.torch_private import in_backward
 
 __all__ = ["Runner"]
 
@@ -50,7 +50,6 @@ class Runner:
         self._lock = threading.RLock()  # of the plan
         self._orders: dict[int, Order] = {}  # expected, by the first step
         self._latest: Order | None = None
-        self._plan_later = False
         memory.streamer.set_trace(trace)
         # The core and the module's hooks must not keep this, which keeps them.
         mine = weakref.ref(self)
@@ -117,12 +116,11 @@ class Runner:
             If a step cannot run in that.
         """
         with self._lock:
-            self._plan_later = False
-            self._planning.renew(self._expected, guess=not self._orders)
+            self._planning.renew(self._expected)
 
     def plan_later(self) -> None:
         """Plan anew when the pass that is under way ends."""
-        self._plan_later = True
+        self._planning.renew_later()
 
     def prefetch(self) -> None:
         """Load from what is expected next on, as far as there is room."""
@@ -178,11 +176,11 @@ class Runner:
     def _call_begins(self) -> None:
         if self._binding.may_have_moved():
             self._binding.warn_if_moved()
-        if not _in_backward():
+        if not in_backward():
             self._paged.begin_call()
 
     def _call_ended(self, returned: bool) -> None:
-        if _in_backward():
+        if in_backward():
             return
         complete = not torch.is_grad_enabled()
         self._paged.end_call(self.memory.pager.stream(), not returned, complete)
@@ -193,20 +191,7 @@ class Runner:
                 self._orders[end.first] = tuple(self._paged.order(end.first))
             order = self._latest = self._orders[end.first]
             self.memory.end_pass()
-            if self._plan_later or self.memory.follow_others():
-                with suppress(CapExceededError):
-                    self.plan()
-            if self._planning.settled(order) and not self.memory.fits():
-                if self._planning.correct_times(order):
-                    with suppress(CapExceededError):
-                        self.plan()
-                return
-            self._planning.improve(order)
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs this thread, as when it calculates checkpointed segments again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+            self._planning.pass_ended(order)
 
 
 def _weakly(runner: weakref.ref[Runner], method: Callable[..., None]) -> Callable[..., None]:

@@ -3,8 +3,9 @@
 The first plan is for the tensors in the order in which they lie: a guess. From the first passes on
 it is for the order that is expected of them, and where kinds of passes alternate (an encoder and a
 decoder), for two of them together, until one comes several times in a row. A plan for one order is
-made once more when a pass was traced, with the times that its steps took; then it is settled. Where
-the room changes later, as when the model is used again, the plan is by the times that are known.
+made once more when a pass was traced, with the times that its steps took; then it is settled.
+`plan_state` has the states and what leads from one to the other. Where the room changes later, as
+when the model is used again, the plan is by the times that are known.
 
 In a traced pass every step is timed, so where the host is what a pass waits for, its times are
 longer than those of later passes. They are corrected when some of these have run, and a plan that
@@ -14,11 +15,11 @@ then loads less is made.
 from __future__ import annotations
 
 from contextlib import suppress
-from enum import Enum
 
 from penstock import _core
 from penstock.errors import CapExceededError
 from penstock.memory.model_memory import ModelMemory
+from penstock.schedule.plan_state import TRANSITIONS, Event, PlanState
 from penstock.sizes import format_bytes
 
 __all__ = ["Order", "Planning"]
@@ -31,15 +32,6 @@ _PASSES = 6  # by a plan, before its times are compared with theirs
 _COMPARED = 3  # passes: the shortest of the last ones counts
 _CORRECTIONS = 3  # of times, at most
 _MUCH_LESS = 0.9  # of the time that steps were thought to take
-
-
-class _Phase(Enum):
-    """How well the plan fits the order that is followed."""
-
-    PLANNED = 1  # without knowing how long steps take
-    TRACING = 2
-    TRACED = 3
-    SETTLED = 4
 
 
 class Planning:
@@ -61,14 +53,20 @@ class Planning:
         self._orders: list[Order] = []  # planned for
         self._previous: Order | None = None  # of the pass before
         self._repeats = 0
-        self._phase = _Phase.PLANNED
+        self._state = PlanState.GUESSED
+        self._renew_later = False
         self._seconds: dict[Order, list[float]] = {}  # that steps took, where that is known
         self._passes = 0  # by the present plan
         self._corrections: dict[Order, int] = {}  # of these times
 
+    @property
+    def state(self) -> PlanState:
+        """How well the plan fits."""
+        return self._state
+
     def settled(self, order: Order) -> bool:
         """Whether the plan is for this order alone, and by its times."""
-        return self._phase is _Phase.SETTLED and self._orders == [order]
+        return self._state is PlanState.SETTLED and self._orders == [order]
 
     def pages_of(self, order: Order) -> list[list[int]]:
         """List, for each step of an order, the pages that it needs."""
@@ -89,24 +87,46 @@ class Planning:
         pages = [used for each in self._orders or [order] for used in self.pages_of(each)]
         return _core.least_frames(self._memory.page_count, pages, self._memory.rules.keep)
 
-    def renew(self, order: Order, *, guess: bool) -> None:
+    def renew(self, order: Order) -> None:
         """Plan anew, as what the model may use has changed.
 
         Parameters
         ----------
         order
             What is expected, should nothing have been planned for yet.
-        guess
-            Whether nothing has run yet.
 
         Raises
         ------
         CapExceededError
             If a step cannot run in what the model may use.
         """
+        self._renew_later = False
         self._plan_for(self._orders or [order])
-        if guess:
+        if self._state is PlanState.GUESSED:
             self._orders = []
+
+    def renew_later(self) -> None:
+        """Plan anew when the pass that is under way ends."""
+        self._renew_later = True
+
+    def pass_ended(self, order: Order) -> None:
+        """Improve the plan, where there is anything to improve.
+
+        Parameters
+        ----------
+        order
+            Of passes of the kind that has just ended.
+        """
+        if self._state is PlanState.GUESSED:
+            self._follow(Event.LEARNED)
+        if self._renew_later or self._memory.follow_others():
+            with suppress(CapExceededError):
+                self.renew(order)
+        if not self.settled(order) or self._memory.fits():
+            self.improve(order)
+        elif self.correct_times(order):
+            with suppress(CapExceededError):
+                self.renew(order)
 
     def improve(self, order: Order) -> None:
         """Plan for the order that is expected after a pass, or by its times, where that is better.
@@ -169,21 +189,22 @@ class Planning:
                 used=error.used,
             ) from None
         self._orders = orders
-        self._phase = _Phase.SETTLED if seconds else _Phase.PLANNED
+        self._follow(Event.PLANNED_BY_TIMES if seconds else Event.PLANNED)
         self._passes = 0
 
+    def _follow(self, event: Event) -> None:
+        before, self._state = self._state, TRANSITIONS[self._state][event]
+        if PlanState.TRACING in (before, self._state):
+            tracing = self._state is PlanState.TRACING
+            self._memory.streamer.set_trace(tracing or self._trace)
+
     def _improve_by_times(self, order: Order) -> None:
-        streamer = self._memory.streamer
-        if self._phase is _Phase.PLANNED:
-            streamer.set_trace(True)
-            self._phase = _Phase.TRACING
-        elif self._phase is _Phase.TRACING:
-            streamer.set_trace(self._trace)
-            self._phase = _Phase.TRACED
-        elif self._phase is _Phase.TRACED:
+        if self._state is PlanState.TRACED:
             # Where threads run beside each other, their steps overlap.
-            seconds = [max(0.0, each) for each in streamer.step_seconds()]
+            seconds = [max(0.0, each) for each in self._memory.streamer.step_seconds()]
             if seconds:
                 seconds += [0.0] * (len(order) - len(seconds))
                 self._seconds[order] = seconds[: len(order)]
                 self._plan_for([order])
+                return
+        self._follow(Event.PASS)

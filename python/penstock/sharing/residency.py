@@ -14,7 +14,8 @@ from contextlib import suppress
 from penstock.errors import CapExceededError, ModelError
 from penstock.memory.pager import Pager
 from penstock.policy import Policy, Priority
-from penstock.sharing.sharing import Overtaken, Sharing
+from penstock.sharing.division import Overtaken
+from penstock.sharing.sharing import Sharing
 from penstock.sharing.tenant import Tenant
 
 __all__ = ["NothingToKeepWarning", "Residency"]

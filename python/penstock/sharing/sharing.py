@@ -13,52 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from penstock.errors import CapExceededError
-from penstock.memory.frames_memory import FramesMemory
-from penstock.memory.managed_memory import ManagedMemory
 from penstock.memory.pager import Pager
 from penstock.policy import Candidate, Policy, Priority, UseHistory, order_of_victims
-from penstock.run.runner import Runner
+from penstock.sharing.division import division_of
 from penstock.sharing.tenant import Tenant
 from penstock.sizes import format_bytes
 
-__all__ = ["Overtaken", "Sharing", "divide"]
-
-
-class Overtaken(Exception):
-    """Operations took frames while they were divided: divide them again.
-
-    Parameters
-    ----------
-    refusal
-        What to say where that goes on.
-    """
-
-    def __init__(self, refusal: CapExceededError) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
-
-
-def divide(total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Divide frames among models.
-
-    Parameters
-    ----------
-    total
-        Frames to be had.
-    least, most
-        For each model, how many it needs and how many it could use.
-
-    Returns
-    -------
-    list of int
-        For each model, from its least to its most; together no more than `total`, unless the least
-        are.
-    """
-    spare = max(0, total - sum(least))
-    more = sum(most) - sum(least)
-    if more <= spare:
-        return list(most)
-    return [few + spare * (many - few) // more for few, many in zip(least, most, strict=True)]
+__all__ = ["Sharing"]
 
 
 class Sharing:
@@ -74,6 +35,7 @@ class Sharing:
         self._pager = pager
         self._policy = policy
         self.history = UseHistory()
+        self._division = division_of(pager)
 
     def make_room(
         self, asker: Tenant, others: Sequence[Tenant], *, take_secondaries: bool = True
@@ -99,8 +61,7 @@ class Sharing:
         hard_cap = self._pager.hard_cap
         if hard_cap is not None:  # of frames that it caches
             hard_cap.free_cached(asker.runner.memory.region.nbytes)
-        if self._pager.kind == "frames":
-            self._pager.frames.reclaim_retired()
+        self._pager.reclaim()
         going = self._going(others)
         needed = asker.least + sum(max(0, each.claim - each.held) for each in others)
         self._take_secondaries(asker, others, going, needed, take_secondaries)
@@ -110,25 +71,7 @@ class Sharing:
                 break
             if not other.in_use and other.reserved is None:
                 other.runner.give_up(min(lacking, other.held))
-        active = [asker, *(other for other in others if other.in_use)]
-        if self._pager.kind == "frames":
-            free = self._pager.budget.available // self._pager.page_size
-            self._divide(active, free + sum(each.held for each in active))
-        else:
-            self._leave_room(asker, others, active)
-
-    def _leave_room(
-        self, asker: Tenant, others: Sequence[Tenant], active: Sequence[Tenant]
-    ) -> None:
-        """Say how many pages of managed memory each model in use may count on."""
-        total = self._pager.cap // self._pager.page_size
-        claims = {id(each): each.claim for each in (*others, asker)}
-        claims[id(asker)] = max(asker.claim, asker.least)
-        for each in active:
-            memory = each.runner.memory
-            assert isinstance(memory, ManagedMemory)
-            beside = sum(claims.values()) - claims[id(each)]
-            memory.allowed = total - beside if beside else None
+        self._division.share(asker, others)
 
     def _going(self, tenants: Sequence[Tenant]) -> list[Tenant]:
         """List those that may give way, in the order in which they do."""
@@ -172,7 +115,7 @@ class Sharing:
                 return
             before = each.held
             if each.in_use:
-                self._shrink(each, max(each.least, each.held - short))
+                self._division.shrink(each, max(each.least, each.held - short))
             else:
                 each.runner.give_up(min(short, each.held))
             short -= before - each.held
@@ -233,15 +176,7 @@ class Sharing:
 
     def use_free_room(self, tenant: Tenant) -> bool:
         """Have an idle model use what no other has; return whether it can run in that."""
-        if self._pager.kind == "managed":
-            return True  # the pager takes no more
-        runner = tenant.runner
-        _frames(runner).frames = min(self._room(tenant), tenant.page_count)
-        try:
-            runner.plan()
-        except CapExceededError:
-            return False
-        return True
+        return self._division.use_free_room(tenant, min(self._room(tenant), tenant.page_count))
 
     def give_way(self, cap: int, tenants: Sequence[Tenant]) -> None:
         """Have models hold no more than a cap, if they can.
@@ -281,15 +216,7 @@ class Sharing:
                     each.pushed_out += (before - each.held) * size
         if self._used <= cap:
             return
-        if self._pager.kind == "managed":
-            for each in going:
-                if each.in_use:
-                    each.runner.evict()
-            return
-        active = [each for each in tenants if each.in_use]
-        held = sum(each.held for each in active)
-        others = self._used - held * size
-        self._divide(active, max(0, cap - others) // size, firm=False)
+        self._division.squeeze(tenants, going, cap)
 
     @property
     def _used(self) -> int:
@@ -299,43 +226,3 @@ class Sharing:
         """Count the pages that a model could hold without taking any from others."""
         held = tenant.runner.memory.region.core.stats().resident_bytes
         return (self._pager.budget.available + held) // self._pager.page_size
-
-    def _divide(self, tenants: Sequence[Tenant], total: int, *, firm: bool = True) -> None:
-        least = [
-            max(each.least, each.claim) if firm or each.protected else each.least
-            for each in tenants
-        ]
-        most = [each.page_count for each in tenants]
-        shares = dict(zip(map(id, tenants), divide(total, least, most), strict=True))
-        # Those that give frames away first.
-        for each in sorted(tenants, key=lambda each: shares[id(each)] - each.held):
-            others = len(tenants) > 1
-            try:
-                self._give(each, shares[id(each)])
-            except CapExceededError as error:
-                # All have what they need in what there was, so somebody took some of it meanwhile.
-                if others and sum(least) <= total:
-                    raise Overtaken(error) from None
-                raise
-
-    def _give(self, tenant: Tenant, frames: int) -> None:
-        """Plan for a model in as many frames as it gets."""
-        runner = tenant.runner
-        memory = _frames(runner)
-        memory.frames = frames
-        runner.plan()
-        if memory.frames_held > frames:  # pages that are in use kept it from being arranged
-            runner.plan_later()
-            runner.give_up(memory.frames_held - frames)
-
-    def _shrink(self, tenant: Tenant, pages: int) -> None:
-        """Have a model in use hold no more than that."""
-        if self._pager.kind == "frames":
-            self._give(tenant, pages)
-        else:
-            tenant.runner.give_up(tenant.held - pages)
-
-
-def _frames(runner: Runner) -> FramesMemory:
-    assert isinstance(runner.memory, FramesMemory)
-    return runner.memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.memory.frames_memory import FramesMemory
 from penstock.policy import Priority
 from penstock.run.runner import Runner
 
@@ -50,10 +49,7 @@ class Tenant:
     @property
     def held(self) -> int:
         """Pages that it holds."""
-        memory = self.runner.memory
-        if isinstance(memory, FramesMemory):
-            return memory.frames_held
-        return memory.region.core.stats().resident_pages
+        return self.runner.memory.held
 
     @property
     def least(self) -> int:
