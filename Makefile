@@ -28,7 +28,7 @@ SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint cpp-test asan tsan bench gpu-check fuzz clean FORCE
+.PHONY: help demo test lint cpp-test asan tsan bench gpu-check fuzz rooms clean FORCE
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ gpu-check: $(VENV)/package.done $(VENV)/checks.done ## Test and measure on a CUD
 
 fuzz: $(VENV)/package.done $(VENV)/checks.done ## Feed the checkpoint reader broken files
 	@python tests/fuzz/fuzz_header.py --seconds $(FUZZ_SECONDS)
+
+rooms: ## Print who imports whom, and how long files are
+	@python3 tools/rooms.py --check
 
 clean: ## Delete what was built, and .venv
 	rm -rf build $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache

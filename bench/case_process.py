@@ -12,7 +12,7 @@ import torch
 
 from penstock.bench.measure import synchronize
 from penstock.bench.subject import UnavailableError
-from penstock.manager import MemoryManager
+from penstock.manager.manager import MemoryManager
 
 
 def report(work: Callable[[], dict[str, Any]]) -> int:

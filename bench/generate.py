@@ -21,7 +21,7 @@ from case_runs import CaseRuns, add_options, parse_options
 from generate_case import LOADERS, Options
 from generate_table import LEGEND, complaints, derive, label, outcome, table
 from penstock.bench.runner import Row
-from penstock.extras import require_transformers
+from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes, parse_bytes
 from report import say
 from room import host_room, weights_parent

@@ -27,7 +27,7 @@ from penstock.bench.measure import link_rate, synchronize
 from penstock.bench.models import build, llama_config, resident_model
 from penstock.bench.subject import UnavailableError
 from penstock.cli.bench import describe_machine
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 from random_weights import random_block, write_weights
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 
 from case_runs import CaseRuns, add_options, parse_options
 from penstock.bench.runner import Row
+from penstock.loading.skeleton import build_skeleton
 from penstock.sizes import format_bytes, parse_bytes
-from penstock.skeleton import build_skeleton
 from pipeline_models import SMALL, STAGES, Shape, builder
 from pipeline_subjects import LOADERS, Options, nbytes_of
 from pipeline_table import LEGEND, case_table, complaints, derive, outcome, stage_table

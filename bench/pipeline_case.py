@@ -24,7 +24,7 @@ from penstock.bench.compare import compare, save_reference
 from penstock.bench.measure import link_rate, synchronize
 from penstock.bench.subject import UnavailableError
 from penstock.cli.bench import describe_machine
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 from pipeline_models import STAGES, Shape, builder
 from pipeline_subjects import LOADERS, Module, Options, Subject, load_resident
 from random_weights import random_block, write_weights

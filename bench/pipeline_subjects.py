@@ -17,7 +17,7 @@ import penstock
 from case_process import figures_of
 from penstock.bench.memory import torch_pinned_bytes
 from penstock.bench.subject import UnavailableError
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 from pipeline_models import STAGES, Shape, builder
 
 Module = Callable[..., torch.Tensor]

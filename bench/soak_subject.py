@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import penstock
-from penstock.hard_cap import current_cap
+from penstock.cap.process import current_cap
 from soak_work import (
     Work,
     attention,

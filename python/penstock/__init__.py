@@ -1,7 +1,18 @@
-"""Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed."""
+"""Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed.
+
+This module has the public names. The folders beside it are rooms; each opens with prose. From the
+top: `cli`, `bench`, `integrations` use what is public; `manager` has models by name; `sharing`
+divides a cap among them; `run` runs one; `loading` gets weights to it; `schedule` plans; `cap` caps
+the process; `memory` has the pages; `checkpoint` reads files, `dispatch` sees operations, `report`
+has figures. May import everything but the first three. Importing is thread-safe, as ever.
+"""
 
 from penstock._core import __version__
-from penstock.binding import ParameterMovedWarning
+from penstock.cap.cap_stats import CapStats, Holder, memory_stats, memory_summary, record_stacks
+from penstock.cap.capped import CappedScope, capped
+from penstock.cap.pressure import on_pressure
+from penstock.cap.pressure_listener import PressureEvent, PressureHandle
+from penstock.cap.set_cap import set_cap
 from penstock.errors import (
     CapExceededError,
     CheckpointError,
@@ -10,18 +21,16 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
-from penstock.figures import CapStats, Holder, memory_stats, memory_summary, record_stacks
-from penstock.hard_cap import set_cap
-from penstock.kernels import Kernel
-from penstock.lazy import LazyModule
-from penstock.manager import MemoryManager
-from penstock.offload import manager_of, offload, restore
-from penstock.pager import Pager, Region
+from penstock.loading.binding import ParameterMovedWarning
+from penstock.manager.lazy_module import LazyModule
+from penstock.manager.manager import MemoryManager
+from penstock.manager.offload import manager_of, offload, restore
+from penstock.memory.pager import Pager
+from penstock.memory.region import Region
 from penstock.policy import Candidate, FarthestUse, Policy, Priority
-from penstock.pressure import PressureEvent, PressureHandle, on_pressure
-from penstock.residency import NothingToKeepWarning
-from penstock.scoped import CappedScope, capped
-from penstock.stats import ManagerStats, ModelStats
+from penstock.report.stats import ManagerStats, ModelStats
+from penstock.run.kernels import Kernel
+from penstock.sharing.residency import NothingToKeepWarning
 
 __all__ = [
     "Candidate",

@@ -1896,9 +1896,9 @@ def prepare() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    measuring = sys.modules.get("penstock.pager")
-    if hasattr(measuring, "_LINK_SAMPLE"):
-        measuring._LINK_SAMPLE = 1 << 20  # each manager measures the link
+    measuring = sys.modules.get("penstock.memory.link_rate")
+    if hasattr(measuring, "_SAMPLE"):
+        measuring._SAMPLE = 1 << 20  # each manager measures the link
 
 
 # ---- many trials, in processes of their own ------------------------------------------------------

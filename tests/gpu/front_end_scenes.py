@@ -9,7 +9,7 @@ import torch
 from scenes import driver_used, held_by_others
 
 import penstock
-from penstock.hard_cap import current_cap
+from penstock.cap.process import current_cap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

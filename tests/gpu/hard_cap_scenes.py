@@ -15,10 +15,10 @@ from torch import nn
 
 import penstock
 from penstock import _core
-from penstock import hard_cap as hard_cap_module
 from penstock.bench.peers import capture
-from penstock.hard_cap import HardCap, current_cap
-from penstock.torch_hook import hook_torch
+from penstock.cap.hard_cap import HardCap
+from penstock.cap.process import current_cap
+from penstock.cap.torch_hook import hook_torch
 
 MIB = 1 << 20
 
@@ -446,7 +446,6 @@ class Faults:
         self.device = _core.FaultyDevice(_core.open_device("cuda"))
         self.hard_cap = HardCap("6GiB", device=self.device, page_size="2MiB")
         hook_torch(0, self.hard_cap)
-        hard_cap_module._caps[0] = self.hard_cap
         self.side = [torch.cuda.Stream() for _ in range(2)]
         torch.manual_seed(5)
         self.state = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).state_dict()

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 
 import penstock
-from penstock.hard_cap import current_cap
+from penstock.cap.process import current_cap
 
 MIB = 1 << 20
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import penstock.pager
+import penstock.memory.link_rate
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small_link_sample() -> None:
     """Measure the link with little: each manager does it once, and there are thousands here."""
-    penstock.pager._LINK_SAMPLE = 1 << 20
+    penstock.memory.link_rate._SAMPLE = 1 << 20
 
 
 @pytest.fixture(scope="session", autouse=True)

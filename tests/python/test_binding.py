@@ -18,7 +18,7 @@ from torch import nn
 
 import penstock
 from penstock import ParameterMovedWarning
-from penstock.manager import MemoryManager
+from penstock.manager.manager import MemoryManager
 from python.support import (
     MIB,
     build,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.checkpoint import open_checkpoint
-from penstock.dtypes import DTYPES
+from penstock.checkpoint.dtypes import DTYPES
 from penstock.errors import CheckpointError
 from python.checkpoint_files import VALID, Case, entry, pack
 from python.malformed import BLOBS

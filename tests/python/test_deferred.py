@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from penstock import CheckpointError, MemoryManager, ModelError
-from penstock.integrations.deferred import defer, source_of
-from penstock.weights import Weights, open_weights
+from penstock.loading.deferred import defer, source_of
+from penstock.loading.weights import Weights, open_weights
 from python.support import same_bits
 
 Tensors = Mapping[str, torch.Tensor]

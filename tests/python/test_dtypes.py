@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.checkpoint import open_checkpoint
-from penstock.dtypes import DTYPES, torch_dtype, torch_shape
+from penstock.checkpoint.dtypes import DTYPES, torch_dtype, torch_shape
 from penstock.errors import CheckpointError
 
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, PressureEvent, _core, figures
-from penstock import hard_cap as hard_cap_module
-from penstock.hard_cap import HardCap
+from penstock import CapExceededError, PressureEvent, _core
+from penstock.cap import process
+from penstock.cap.hard_cap import HardCap
+from penstock.cap.stacks import StackRecorder
 
 KIB = 1 << 10
 PAGE = 64 * KIB
@@ -38,8 +39,7 @@ def hard_cap(pages: int, outside: int | None = None) -> HardCap:
 @pytest.fixture
 def cap(monkeypatch: pytest.MonkeyPatch) -> HardCap:
     made = hard_cap(64, 2 * PAGE)
-    for module in ("manager", "figures", "hard_cap"):
-        monkeypatch.setattr(f"penstock.{module}.current_cap", lambda _: made)
+    monkeypatch.setattr(process, "current_cap", lambda _: made)
     return made
 
 
@@ -110,7 +110,7 @@ def test_parts_add_up_and_are_told_apart(cap: HardCap) -> None:
 def test_parts_add_up_whatever_is_taken(sizes: list[int], kept: int) -> None:
     cap = hard_cap(40, PAGE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hard_cap_module, "current_cap", lambda _: cap)
+        patch.setattr(process, "current_cap", lambda _: cap)
         blocks = []
         for nbytes in sizes:
             try:
@@ -136,10 +136,10 @@ def test_without_a_hard_cap_there_are_none() -> None:
 
 
 @pytest.fixture
-def recorder() -> Iterator[figures.StackRecorder]:
+def recorder() -> Iterator[StackRecorder]:
     penstock.record_stacks()
-    assert figures._recorder is not None
-    yield figures._recorder
+    assert process.STATE.recorder is not None
+    yield process.STATE.recorder
     penstock.record_stacks(False)
     penstock.record_stacks(False)
 
@@ -148,7 +148,7 @@ def make_large() -> torch.Tensor:
     return torch.ones(1 << 18)
 
 
-def test_stacks_are_those_of_who_made_the_memory(recorder: figures.StackRecorder) -> None:
+def test_stacks_are_those_of_who_made_the_memory(recorder: StackRecorder) -> None:
     tensor = make_large()
     first, *_ = recorder.stack_of(tensor.data_ptr())
     assert first.endswith("in make_large")
@@ -164,21 +164,21 @@ def test_stacks_are_those_of_who_made_the_memory(recorder: figures.StackRecorder
 
 def test_stacks_end_when_they_are_told_to() -> None:
     penstock.record_stacks()
-    recorder = figures._recorder
+    recorder = process.STATE.recorder
     assert recorder is not None
     penstock.record_stacks(False)
     assert not recorder.stack_of(make_large().data_ptr())
 
 
-def test_old_stacks_go(recorder: figures.StackRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.stacks._MOST", 2)
+def test_old_stacks_go(recorder: StackRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.cap.stacks._MOST", 2)
     tensors = [make_large() for _ in range(4)]
     kept = [bool(recorder.stack_of(tensor.data_ptr())) for tensor in tensors]
     assert kept == [False, False, True, True]
 
 
 def test_error_says_who_made_the_largest_blocks(
-    cap: HardCap, recorder: figures.StackRecorder, monkeypatch: pytest.MonkeyPatch
+    cap: HardCap, recorder: StackRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = cap.allocator.allocate(2 << 20, 0)
     monkeypatch.setitem(recorder._stacks, address, ("model.py:7 in forward",))
@@ -307,9 +307,10 @@ def test_forked_child_leaves_and_may_listen_itself(cap: HardCap) -> None:
 
 def test_interpreter_ends_while_somebody_listens() -> None:
     code = (
-        "from penstock import _core, hard_cap, pressure\n"
+        "from penstock import _core\n"
+        "from penstock.cap import hard_cap, pressure, process\n"
         "cap = hard_cap.HardCap('1MiB', device=_core.HostDevice(), page_size=65536)\n"
-        "hard_cap.current_cap = lambda _: cap\n"
+        "process.current_cap = lambda _: cap\n"
         "pressure.on_pressure(print)\n"
     )
     start = time.monotonic()

@@ -17,17 +17,11 @@ import torch
 from torch import nn
 
 import penstock
-from penstock import (
-    CapExceededError,
-    DeviceError,
-    _core,
-    built,
-    hard_cap,
-    out_of_memory,
-    torch_allocator,
-)
-from penstock.hard_cap import HardCap
-from penstock.torch_hook import nested_stats
+from penstock import CapExceededError, DeviceError, _core
+from penstock import built_libraries as built
+from penstock.cap import out_of_memory, process, torch_allocator
+from penstock.cap.hard_cap import HardCap
+from penstock.cap.torch_hook import nested_stats
 from python.support import same_bits
 
 KIB = 1 << 10
@@ -54,7 +48,7 @@ class Hungry(nn.Module):
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> HardCap:
     cap = HardCap(20 * PAGE, device=_core.HostDevice(), page_size=PAGE)
-    monkeypatch.setattr("penstock.manager.current_cap", lambda _: cap)
+    monkeypatch.setattr("penstock.cap.process.current_cap", lambda _: cap)
     return cap
 
 
@@ -198,7 +192,7 @@ def test_hard_cap_needs_a_gpu() -> None:
         penstock.set_cap("1GiB")
     with pytest.raises(DeviceError, match="'cpu'"):
         penstock.set_cap("1GiB", device="cpu")
-    assert hard_cap.current_cap("cuda") is None
+    assert process.current_cap("cuda") is None
 
 
 def test_figures_are_those_that_torch_prints(
@@ -260,7 +254,7 @@ def test_overflow_is_refused_unless_it_was_chosen(shared: HardCap) -> None:
 
 
 def test_set_cap_passes_the_choice_on(shared: HardCap, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hard_cap, "current_cap", lambda _: shared)
+    monkeypatch.setattr(process, "current_cap", lambda _: shared)
     penstock.set_cap(20 * PAGE, overflow="managed", overflow_limit="4MiB")
     assert shared.allocator.overflow_stats().limit == 4 * MIB
     penstock.set_cap(20 * PAGE)
@@ -382,7 +376,7 @@ def test_a_cap_below_what_the_process_holds_is_refused_with_the_numbers() -> Non
 
 def test_weights_give_way_to_what_grows_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     device, cap = with_outside(0, reserve=0)
-    monkeypatch.setattr("penstock.manager.current_cap", lambda _: cap)
+    monkeypatch.setattr("penstock.cap.process.current_cap", lambda _: cap)
     manager, model = register(16)
     x = torch.randn(3, WIDTH)
     with torch.no_grad(), manager.use("m") as bound:
@@ -434,7 +428,7 @@ def test_watch_ends_with_its_cap_and_with_the_interpreter() -> None:
     assert device.calls()["process_memory"] == looks
     code = (
         "from penstock import _core\n"
-        "from penstock.hard_cap import HardCap\n"
+        "from penstock.cap.hard_cap import HardCap\n"
         "device = _core.FaultyDevice(_core.HostDevice())\n"
         "device.set_outside(1)\n"
         "cap = HardCap('1MiB', device=device, page_size=65536)\n"

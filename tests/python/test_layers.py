@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +58,6 @@ TORCH_ROOM = "torch_dispatch"
 MAY_INCLUDE[TORCH_ROOM] = {"paging"}
 ONLY_HEADER = {TORCH_ROOM: "paging/paging_api.hpp"}
 PYTHON_ROOMS = {"bindings", "dlpack", TORCH_ROOM}
-LONGEST_FILE = 450  # lines
 
 INCLUDE = re.compile(r"^\s*#\s*include\s*([<\"])([^>\"]+)[>\"]", re.MULTILINE)
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2)/")
@@ -86,30 +89,31 @@ def test_the_graph_has_no_cycle() -> None:
         ranks.update(dict.fromkeys(free, len(ranks)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_room_includes_only_what_it_may_know(path: Path) -> None:
-    room = path.relative_to(CSRC).parts[0]
-    for ours, target in includes(path):
-        if ours:
-            assert (CSRC / target).is_file(), f'"{target}" is not "room/file" of csrc'
-            other = target.split("/")[0]
-            assert other in MAY_INCLUDE[room] | {room}, f"{room} includes {target}"
-            if other != room:
-                assert target == ONLY_HEADER.get(room, target), f"{room} includes {target}"
-        else:
-            assert not (CSRC / target).exists(), f"<{target}> is ours: it takes quotes"
+def test_rooms_include_only_what_they_may_know() -> None:
+    for path in FILES:
+        room = path.relative_to(CSRC).parts[0]
+        for ours, target in includes(path):
+            if ours:
+                assert (CSRC / target).is_file(), f'"{target}" is not "room/file" of csrc'
+                other = target.split("/")[0]
+                assert other in MAY_INCLUDE[room] | {room}, f"{name(path)} includes {target}"
+                if other != room:
+                    only = ONLY_HEADER.get(room, target)
+                    assert target == only, f"{name(path)} includes {target}"
+            else:
+                assert not (CSRC / target).exists(), f"<{target}> is ours: it takes quotes"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_foreign_headers_stay_in_their_rooms(path: Path) -> None:
-    room = path.relative_to(CSRC).parts[0]
-    targets = [target for _, target in includes(path)]
-    if room != TORCH_ROOM:
-        assert not [target for target in targets if TORCH.match(target)]
-    if room not in PYTHON_ROOMS:
-        assert not [target for target in targets if PYTHON.match(target)]
-    if not (room == "device" and path.name.startswith("cuda_")):
-        assert not [target for target in targets if CUDA.search(target)]
+def test_foreign_headers_stay_in_their_rooms() -> None:
+    for path in FILES:
+        room = path.relative_to(CSRC).parts[0]
+        targets = [target for _, target in includes(path)]
+        if room != TORCH_ROOM:
+            assert not [target for target in targets if TORCH.match(target)], name(path)
+        if room not in PYTHON_ROOMS:
+            assert not [target for target in targets if PYTHON.match(target)], name(path)
+        if not (room == "device" and path.name.startswith("cuda_")):
+            assert not [target for target in targets if CUDA.search(target)], name(path)
 
 
 def test_what_torchs_room_includes_includes_nothing_of_ours() -> None:
@@ -120,59 +124,69 @@ def test_what_torchs_room_includes_includes_nothing_of_ours() -> None:
     assert not [target for ours, target in found if ours or PYTHON.match(target)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_file_is_not_too_long(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST_FILE
-
-
-@pytest.mark.parametrize("path", HEADERS, ids=name)
-def test_header_opens_with_prose_and_is_included_once(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    prose = lines[: lines.index("#pragma once")]
-    assert prose, "a paragraph that says what this is comes first"
-    assert all(line.startswith("//") for line in prose)
-    assert re.search(r"[a-z]{3,}.*\.", " ".join(prose)), "a sentence, not a label"
+def test_headers_open_with_prose_and_are_included_once() -> None:
+    for path in HEADERS:
+        lines = path.read_text().splitlines()
+        prose = lines[: lines.index("#pragma once")]
+        assert prose, f"{name(path)}: a paragraph that says what this is comes first"
+        assert all(line.startswith("//") for line in prose), name(path)
+        assert re.search(r"[a-z]{3,}.*\.", " ".join(prose)), f"{name(path)}: a sentence"
 
 
 # ---- Python ------------------------------------------------------------------------------------
 
 
-def python_ranks() -> dict[str, int]:
-    """Read the graph of modules in CONTRIBUTING.md: the higher a rank, the farther to the left."""
-    found = re.search(r"^python +(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
-    assert found
-    groups = [re.findall(r"\w+", group) for group in found[1].split("->")]
-    return {module: -i for i, group in enumerate(groups) for module in group}
+def house(name: str) -> Any:
+    """Read the sources as `make rooms` does."""
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tools" / "rooms.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rooms"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module, getattr(module, f"{name}_house")()
 
 
-RANKS = python_ranks()
-SOURCES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0][0] != "_"
-)
+@pytest.mark.parametrize("name", ["python", "csrc"])
+def test_arrows_point_one_way_and_files_are_short(name: str) -> None:
+    rooms, found = house(name)
+    assert set(found.room_of.values()) == set(found.rooms())
+    assert found.upward() == []
+    assert rooms.circles(found.room_arrows()) == rooms.circles(found.arrows) == []
+    assert found.too_long() == []
 
 
-def imports(path: Path) -> set[str]:
-    """Give the modules of ours that a file imports when it runs."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    named = [f"{node.module}.{each.name}" for node in froms for each in node.names]
-    parts = [module.split(".") for module in named]
-    return {part[1] for part in parts if part[0] == "penstock"} - {"_core"}
+def test_arrows_are_found_wherever_an_import_stands(tmp_path: Path) -> None:
+    rooms, found = house("python")
+    text = """
+        import penstock.memory.pager
+        from penstock import errors, _core
+        if TYPE_CHECKING:
+            from penstock.cap.hard_cap import HardCap
+        def f():
+            from penstock.checkpoint import open_checkpoint
+            from ..run.hooks import CallHooks
+    """
+    path = tmp_path / "new.py"
+    path.write_text(textwrap.dedent(text))
+    found.files["penstock.memory.new"] = path
+    assert set(rooms.imported("penstock.memory.new", found.files)) == {
+        "penstock.memory.pager",
+        "penstock.errors",
+        "penstock.cap.hard_cap",
+        "penstock.checkpoint",
+        "penstock.run.hooks",
+    }
+    found.arrows = {"penstock.memory.new": {"penstock.cap.hard_cap", "penstock.errors"}}
+    found.room_of["penstock.memory.new"] = "memory"
+    assert found.upward() == ["penstock.memory.new -> penstock.cap.hard_cap"]
+    assert rooms.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
 
 
-def module_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def test_every_module_is_in_the_graph() -> None:
-    assert {module_of(path) for path in SOURCES} == set(RANKS)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_module_imports_only_what_it_may_know(path: Path) -> None:
-    own = module_of(path)
-    back = {other for other in imports(path) - {own} if RANKS[other] >= RANKS[own]}
-    assert not back, f"{own} imports {back}, which CONTRIBUTING.md has beside it or to its left"
+def test_each_room_opens_with_prose_on_what_it_may_import() -> None:
+    _, found = house("python")
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
+    for folder in sorted(folders):
+        prose = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        for word in ("ay import", "hread"):
+            assert word in " ".join(prose.split()), f"{folder.name}: imports, threads"
+    assert {folder.name for folder in folders} == set(found.rooms()) - {"penstock", "ground"}

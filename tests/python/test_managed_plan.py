@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.managed_plan import BATCH_BYTES, BATCHES, ManagedPlan, plan_managed
-from penstock.stats import MemoryStats
+from penstock.memory.managed_plan import BATCH_BYTES, BATCHES, ManagedPlan, plan_managed
+from penstock.report.stats import MemoryStats
 from python.support import MIB, build, manager_with, mlp, state_of
 
 PAGE = BATCH_BYTES // 4  # a batch is four pages

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import penstock
-from penstock import CapExceededError, ModelError, torch_dispatch
+from penstock import CapExceededError, ModelError
+from penstock.dispatch import torch_dispatch
 from python.support import KIB, build, mlp, same_bits, state_of
 
 PAGERS = ("managed", "frames")

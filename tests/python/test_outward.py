@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import penstock
-from penstock import torch_dispatch
+from penstock.dispatch import torch_dispatch
 from penstock.errors import ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse")

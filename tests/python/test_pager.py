@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import penstock
 from penstock import CapExceededError, Pager, Region, _core
-from penstock.pager import open_device
+from penstock.memory.devices import open_device
 from python.support import KIB, MIB, run_python, same_bits, within
 
 

@@ -105,10 +105,10 @@ def test_what_is_pinned_stays(pager: str, cap: int, adopt: bool) -> None:
 
 def test_patterns_reach_into_what_they_match(pager: str) -> None:
     rig = Rig(pager, 8, pin=["embed"])
-    assert list(rig.memory.parts.pinned) == EMBED
+    assert list(rig.memory.rules.keep) == EMBED
     rig = Rig(pager, 9, pin=["layers.*", "emb*.1"], stream=["head"])
-    assert list(rig.memory.parts.pinned) == [1, *range(3, 9)]
-    assert list(rig.memory.parts.streamed) == HEAD
+    assert list(rig.memory.rules.keep) == [1, *range(3, 9)]
+    assert list(rig.memory.rules.stream) == HEAD
 
 
 def test_what_streams_does_so_where_there_is_room(pager: str, adopt: bool) -> None:

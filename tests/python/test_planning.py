@@ -8,9 +8,10 @@ from typing import cast
 
 import pytest
 
-from penstock.memory import ModelMemory
-from penstock.parts import Parts
-from penstock.planning import Planning
+from penstock.memory.model_memory import ModelMemory
+from penstock.memory.page_rules import PageRules
+from penstock.schedule.plan_state import TRANSITIONS, Event, PlanState
+from penstock.schedule.planning import Planning
 
 PASSES = 6  # between looks
 ORDER = (0, 1)
@@ -30,8 +31,10 @@ class Streamer:
 
     traced: list[float]
     done: list[Pass] = field(default_factory=list)
+    tracing: list[bool] = field(default_factory=list)
 
-    def set_trace(self, trace: bool) -> None: ...
+    def set_trace(self, trace: bool) -> None:
+        self.tracing.append(trace)
 
     def passes(self) -> list[Pass]:
         return self.done
@@ -57,10 +60,16 @@ class Memory:
     asked: list[list[float]] = field(default_factory=list)
     gains: bool = True
     page_count: int = 2
-    parts: Parts = field(default_factory=Parts)
+    rules: PageRules = field(default_factory=PageRules)
 
     def arrange(self, steps: object, seconds: Sequence[float]) -> None:
         self.planned.append(list(seconds))
+
+    def fits(self) -> bool:
+        return False
+
+    def follow_others(self) -> bool:
+        return False
 
     def loads_less(self, steps: object, seconds: Sequence[float]) -> bool:
         self.asked.append(list(seconds))
@@ -71,8 +80,8 @@ def settled(traced: list[float]) -> tuple[Planning, Memory]:
     """Plan as runners do, with these times in the traced pass."""
     memory = Memory(Streamer(traced))
     planning = Planning("m", cast(ModelMemory, memory), trace=False)
-    for _ in range(5):
-        planning.improve(ORDER)
+    for _ in range(4):
+        planning.pass_ended(ORDER)
     assert planning.settled(ORDER)
     assert memory.planned[-1] == traced
     return planning, memory
@@ -89,7 +98,7 @@ def run(planning: Planning, memory: Memory, seconds: float, stall: float) -> boo
 def test_times_of_a_slow_traced_pass_are_corrected() -> None:
     planning, memory = settled([0.6, 0.2])
     assert run(planning, memory, seconds=0.5, stall=0.3)
-    planning.renew(ORDER, guess=False)
+    planning.renew(ORDER)
     assert memory.planned[-1] == pytest.approx([0.15, 0.05])
     # As the passes are now.
     assert not run(planning, memory, seconds=0.5, stall=0.3)
@@ -114,3 +123,32 @@ def test_times_are_corrected_so_often_and_no_more() -> None:
     planning, memory = settled([0.6, 0.2])
     corrected = [run(planning, memory, seconds=0.5**i, stall=0.0) for i in range(1, 6)]
     assert corrected == [True, True, True, False, False]
+
+
+def test_states_follow_each_other_until_the_plan_is_settled() -> None:
+    memory = Memory(Streamer([0.6, 0.2]))
+    planning = Planning("m", cast(ModelMemory, memory), trace=False)
+    found = []
+    for _ in range(5):
+        planning.pass_ended(ORDER)
+        found.append(planning.state)
+    settled = PlanState.SETTLED
+    assert found == [PlanState.UNTIMED, PlanState.TRACING, PlanState.TRACED, settled, settled]
+    assert memory.streamer.tracing == [True, False]
+
+
+def test_a_plan_made_while_a_pass_is_timed_ends_the_timing() -> None:
+    memory = Memory(Streamer([0.6, 0.2]))
+    planning = Planning("m", cast(ModelMemory, memory), trace=False)
+    planning.pass_ended(ORDER)
+    planning.pass_ended(ORDER)
+    planning.renew(ORDER)  # the room has changed
+    assert (planning.state, memory.streamer.tracing) == (PlanState.UNTIMED, [True, False])
+
+
+def test_every_state_is_reached_and_left() -> None:
+    reached = {after for nexts in TRANSITIONS.values() for after in nexts.values()}
+    assert reached == set(TRANSITIONS) == set(PlanState)
+    assert {event for nexts in TRANSITIONS.values() for event in nexts} == set(Event)
+    for nexts in TRANSITIONS.values():  # a new plan may come at any time
+        assert Event.PLANNED in nexts

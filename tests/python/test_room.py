@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import penstock
 from penstock import CapExceededError, DeviceError, MemoryManager, _core
-from penstock.hard_cap import HardCap
-from penstock.memory import FramesMemory
+from penstock.cap.hard_cap import HardCap
+from penstock.memory.frames_memory import FramesMemory
 from python.support import build, same_bits, state_of
 
 KIB = 1 << 10
@@ -89,7 +89,7 @@ class Room:
 def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> HardCap:
     """Return a cap under which all layers stay, or some of them."""
     cap = HardCap(request.param * PAGE, device=_core.HostDevice(), page_size=PAGE)
-    monkeypatch.setattr("penstock.manager.current_cap", lambda _: cap)
+    monkeypatch.setattr("penstock.cap.process.current_cap", lambda _: cap)
     return cap
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.sharing import divide
+from penstock.sharing.division import divide
 
 MODELS = st.lists(
     st.tuples(st.integers(1, 50), st.integers(0, 500)).map(lambda each: (each[0], sum(each))),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from penstock.errors import ModelError
-from penstock.skeleton import build_skeleton, set_payload
+from penstock.loading.skeleton import build_skeleton, set_payload
 from python.support import build, run_python, state_of, within
 
 REGISTER = nn.Module.register_parameter
@@ -364,7 +364,7 @@ def test_builder_may_build_another_skeleton() -> None:
     said = run_python(
         """
 from torch import nn
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 
 inner = []
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock import built, torch_dispatch
+from penstock import built_libraries as built
+from penstock.dispatch import torch_dispatch
 from penstock.errors import DeviceError
 from python.support import run_python
 
@@ -22,7 +23,7 @@ import copy, ctypes, threading, warnings
 import torch
 from torch import nn
 from torch.nn import functional as F
-from penstock import torch_dispatch as td
+from penstock.dispatch import torch_dispatch as td
 
 warnings.simplefilter("error")
 torch.manual_seed(0)

@@ -14,8 +14,9 @@ from torch import nn
 
 import penstock
 from penstock.errors import CheckpointError
-from penstock.layout import ALIGNMENT, lay_out
-from penstock.weights import find_slots, match, open_weights
+from penstock.loading.layout import ALIGNMENT, lay_out
+from penstock.loading.slots import find_slots, match
+from penstock.loading.weights import open_weights
 from python.support import build, manager_with, mlp, raw, same_bits, state_of
 
 

@@ -36,7 +36,7 @@ from penstock.bench.peers import load_accelerate, load_diffusers, load_resident
 from penstock.bench.subject import Loader, Subject, UnavailableError
 from penstock.bench.triple_buffer import load_triple_buffer
 from penstock.errors import PenstockError
-from penstock.extras import require_transformers
+from penstock.optional_packages import require_transformers
 
 __all__ = ["main", "measure"]
 

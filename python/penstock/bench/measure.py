@@ -11,7 +11,7 @@ import torch
 
 from penstock import _core
 from penstock.errors import DeviceError
-from penstock.pager import open_device
+from penstock.memory.devices import open_device
 
 __all__ = [
     "Times",

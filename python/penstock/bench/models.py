@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

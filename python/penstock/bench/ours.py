@@ -14,7 +14,7 @@ from penstock.bench.options import CaseOptions
 from penstock.bench.peers import bench_config
 from penstock.bench.subject import Subject, UnavailableError, logits_of
 from penstock.errors import PenstockError
-from penstock.manager import MemoryManager
+from penstock.manager.manager import MemoryManager
 
 __all__ = ["load_penstock"]
 

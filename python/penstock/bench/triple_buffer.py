@@ -19,7 +19,7 @@ from penstock.bench.models import build
 from penstock.bench.options import CaseOptions
 from penstock.bench.peers import bench_config
 from penstock.bench.subject import Subject, UnavailableError, logits_of
-from penstock.skeleton import build_skeleton
+from penstock.loading.skeleton import build_skeleton
 
 __all__ = ["load_triple_buffer"]
 

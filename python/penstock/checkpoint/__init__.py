@@ -2,6 +2,8 @@
 
 Only headers are read here, never a tensor's bytes. Whatever a file may hold, the answer is either
 a `Checkpoint` whose extents lie inside their files and do not overlap, or a `CheckpointError`.
+
+May import the ground alone. Values are frozen; any thread may read checkpoints.
 """
 
 from __future__ import annotations

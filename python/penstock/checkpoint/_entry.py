@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from penstock.checkpoint._json import JsonObject
 from penstock.checkpoint._refusal import Refusal, shorten
-from penstock.dtypes import DTYPES, DType
+from penstock.checkpoint.dtypes import DTYPES, DType
 
 __all__ = ["TensorEntry", "read_entry"]
 
@@ -25,7 +25,7 @@ class TensorEntry:
     name
         Its name in the checkpoint.
     dtype
-        Its element type, a key of `penstock.dtypes.DTYPES`.
+        Its element type, a key of `penstock.checkpoint.dtypes.DTYPES`.
     shape
         Its dimensions, in elements.
     path

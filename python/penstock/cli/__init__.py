@@ -1,6 +1,7 @@
 """The `penstock` command.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage.
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage. Only this room prints. May
+import all others. One thread.
 """
 
 from __future__ import annotations

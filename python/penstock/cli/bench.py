@@ -24,8 +24,8 @@ from penstock.bench.models import llama_config, write_checkpoint
 from penstock.bench.options import CaseOptions
 from penstock.bench.runner import Row, run_cases
 from penstock.bench.table import LEGEND, reason_of, table
-from penstock.extras import require_transformers
-from penstock.pager import open_device
+from penstock.memory.devices import open_device
+from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes
 
 __all__ = ["add_options", "run"]

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from penstock.extras import require_transformers
-from penstock.manager import MemoryManager
+from penstock.manager.manager import MemoryManager
+from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes
 
 __all__ = ["QUERY", "run"]

@@ -20,13 +20,13 @@ from torch import nn
 
 from penstock import _core
 from penstock.errors import CheckpointError, ModelError
-from penstock.extras import require
 from penstock.integrations import transformers as transformers_front_end
-from penstock.integrations.deferred import defer, source_of
 from penstock.integrations.transformers_class import refuse_quantized
-from penstock.manager import MemoryManager
-from penstock.skeleton import build_skeleton
-from penstock.weights import Weights, open_weights
+from penstock.loading.deferred import defer, source_of
+from penstock.loading.skeleton import build_skeleton
+from penstock.loading.weights import Weights, open_weights
+from penstock.manager.manager import MemoryManager
+from penstock.optional_packages import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

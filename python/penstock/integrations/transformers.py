@@ -17,12 +17,14 @@ from torch import nn
 
 from penstock import _core
 from penstock.errors import CheckpointError, PenstockError
-from penstock.extras import require
-from penstock.integrations.deferred import Deferred, defer, source_of
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
-from penstock.manager import MemoryManager
-from penstock.offload import keep_acquired
-from penstock.weights import Weights, find_slots, open_weights
+from penstock.loading.deferred import Deferred, defer, source_of
+from penstock.loading.slots import find_slots
+from penstock.loading.weights import Weights, open_weights
+from penstock.manager.manager import MemoryManager
+from penstock.manager.offload import keep_acquired
+from penstock.optional_packages import require
+from penstock.torch_private import without_torch_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -243,7 +245,7 @@ def _empty(model: nn.Module) -> None:
     """Put plain tensors on meta where deferred ones are, or values that found no other."""
     for slot in find_slots(model):
         held = slot.current
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             empty = torch.empty_like(held.detach(), device="meta")
             if slot.is_parameter:
                 empty = nn.Parameter(empty, requires_grad=held.requires_grad)

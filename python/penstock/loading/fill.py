@@ -1,0 +1,170 @@
+"""Putting weights in place: each byte is read once, to where it stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from penstock import _core
+from penstock.checkpoint import TensorEntry
+from penstock.errors import CheckpointError
+from penstock.loading.layout import Placement
+from penstock.memory.region import Region
+from penstock.report.progress import Progress
+
+__all__ = ["direct_extents", "fill", "wait", "write_rest"]
+
+_CHUNK = 16 << 20  # bytes converted at a time
+_POLL = timedelta(milliseconds=50)
+
+Extent = tuple[int, int, int, int]
+
+
+def fill(region: Region, placements: list[Placement], progress: Progress | None = None) -> None:
+    """Read all tensors into a region of managed memory, making none of it resident.
+
+    Extents of files are read in parallel, straight into the region. Tensors that are converted, or
+    come from memory, go through a buffer of 16 MiB; those in another order of elements, or that
+    have to be made, through memory of their own, one by one.
+
+    Parameters
+    ----------
+    progress
+        Told how far it is; see `Progress`.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read; nothing of the region can be relied on then.
+    """
+    core = region.core
+    assert isinstance(core, _core.ManagedRegion)
+    total = sum(placement.nbytes for placement in placements)
+    told = progress or (lambda done, total: None)
+    told(0, total)
+    paths, extents = direct_extents(placements)
+    before = 0
+    if extents:
+        job = _core.FillJob(core, paths, extents, min(8, os.cpu_count() or 1))
+        before = job.total_bytes
+        for done in wait(job):
+            told(done, total)
+    for done in write_rest(core.write, placements):
+        told(before + done, total)
+
+
+class _Job(Protocol):
+    """Reads files in the background."""
+
+    def wait_for(self, limit: timedelta) -> bool: ...
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+
+def wait(job: _Job) -> Iterator[int]:
+    """Wait until all is read, yielding the bytes in place now and then."""
+    while not job.wait_for(_POLL):
+        yield job.done_bytes
+    yield job.total_bytes
+
+
+def direct_extents(placements: list[Placement]) -> tuple[list[str], list[Extent]]:
+    """List what files have as it is: paths, and (file, offset in it, in the region, bytes).
+
+    Neighbours are joined.
+    """
+    files: dict[str, int] = {}
+    extents: list[Extent] = []
+    for placement in placements:
+        at = placement.offset
+        for entry in _pieces(placement):
+            if entry.nbytes == 0:
+                continue
+            file = files.setdefault(str(entry.path), len(files))
+            extent = (file, entry.offset, at, entry.nbytes)
+            at += entry.nbytes
+            if extents and _adjoins(extents[-1], extent):
+                last = extents.pop()
+                extent = (*last[:3], last[3] + entry.nbytes)
+            extents.append(extent)
+    return list(files), extents
+
+
+def _pieces(placement: Placement) -> tuple[TensorEntry, ...]:
+    """List the extents that hold the very bytes of a tensor; none where no file does."""
+    where = placement.source.where
+    return where if isinstance(where, tuple) and placement.is_verbatim else ()
+
+
+def _adjoins(a: Extent, b: Extent) -> bool:
+    return a[0] == b[0] and a[1] + a[3] == b[1] and a[2] + a[3] == b[2]
+
+
+def write_rest(
+    write: Callable[[int, np.ndarray[Any, Any]], None], placements: list[Placement]
+) -> Iterator[int]:
+    """Write what no file has as it is, yielding the bytes in place now and then.
+
+    Parameters
+    ----------
+    write
+        Puts bytes at an offset of the region.
+    """
+    done = 0
+    for placement in placements:
+        if _pieces(placement):
+            continue
+        at = placement.offset
+        for chunk in _reordered(placement) if placement.stride else _chunks(placement):
+            values = chunk.to(placement.dtype).contiguous().view(torch.uint8)
+            write(at, values.numpy())
+            at += values.numel()
+            done += values.numel()
+            yield done
+
+
+def _reordered(placement: Placement) -> Iterator[torch.Tensor]:
+    """Yield the source's elements in the order in which the placement's stride has them."""
+    assert placement.stride is not None
+    shape, dtype = placement.source.shape, placement.source.dtype
+    ordered = torch.empty_strided(shape, placement.stride, dtype=dtype)
+    ordered.copy_(torch.cat(list(_chunks(placement))).view(shape))
+    yield ordered.as_strided((ordered.numel(),), (1,))
+
+
+def _chunks(placement: Placement) -> Iterator[torch.Tensor]:
+    """Yield the source's elements in order, flat, on the CPU, in its own dtype."""
+    where = placement.source.where
+    if isinstance(where, tuple):
+        for entry in where:
+            yield from _file_chunks(entry, placement.source.dtype)
+        return
+    tensor = where if isinstance(where, torch.Tensor) else where()
+    flat = tensor.contiguous().reshape(-1)
+    elements = max(1, _CHUNK // flat.element_size())
+    for first in range(0, flat.numel(), elements):
+        yield flat[first : first + elements].cpu()
+
+
+def _file_chunks(entry: TensorEntry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        left = entry.nbytes
+        while left > 0:
+            chunk = bytearray(min(_CHUNK, left))
+            if file.readinto(chunk) != len(chunk):
+                raise CheckpointError(
+                    f"{entry.path} ended inside {entry.name!r}: {left} more bytes are needed",
+                    path=entry.path,
+                    tensor=entry.name,
+                    offset=entry.offset + entry.nbytes - left,
+                )
+            yield torch.frombuffer(chunk, dtype=dtype)
+            left -= len(chunk)

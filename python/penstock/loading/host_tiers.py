@@ -1,0 +1,155 @@
+"""Where weights wait on the host before they stream: choosing a tier, and filling it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from penstock import _core
+from penstock.errors import CapExceededError, DeviceError
+from penstock.loading.fill import direct_extents, wait, write_rest
+from penstock.loading.layout import Placement
+from penstock.memory.pager import Pager
+from penstock.report.progress import Progress
+from penstock.sizes import format_bytes
+
+__all__ = ["HOST_TIERS", "open_tier", "require_budget"]
+
+HOST_TIERS = ("auto", "pinned", "mapped", "stream")
+
+_log = logging.getLogger("penstock")
+
+_SPARE = 0.8  # of the memory that is free, for pinning without being told
+_RING = 2 << 30  # bytes of pinned buffers where no budget is given
+_LEAST_RING = 4  # pages: one is copied, one waits for that, two are read
+_MAP_LIMIT = timedelta(seconds=30)
+
+
+def open_tier(
+    kind: str,
+    pager: Pager,
+    nbytes: int,
+    placements: list[Placement],
+    *,
+    budget: int | None,
+    progress: Progress | None = None,
+) -> _core.HostTier:
+    """Make a host tier for a model's tensors, and wait until they can stream.
+
+    Parameters
+    ----------
+    kind
+        `"pinned"`, `"mapped"`, `"stream"`, or `"auto"`: pinned where the budget allows it, else
+        stream. Where mapping fails, it is as with auto.
+    nbytes
+        Size of the region.
+    budget
+        Bytes of host memory that it may take; None for what the system has to spare.
+    progress
+        Told how far it is; see `Progress`.
+
+    Raises
+    ------
+    CapExceededError
+        If the tier needs more than the budget.
+    CheckpointError
+        If a file cannot be read.
+    DeviceError
+        If the system refuses the memory.
+    """
+    if kind == "mapped":
+        try:
+            return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
+        except DeviceError as error:
+            _log.warning("host tier mapped cannot be used, so another one is: %s", error)
+            kind = "auto"
+    if kind == "auto":
+        allowed = budget if budget is not None else int(available_host_bytes() * _SPARE)
+        kind = "pinned" if nbytes <= allowed else "stream"
+        _log.info(
+            "host tier %s: %s of weights, %s of host memory allowed",
+            kind,
+            format_bytes(nbytes),
+            format_bytes(allowed),
+        )
+    return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
+
+
+def require_budget(needed: int, budget: int | None, what: str, remedy: str) -> None:
+    """Refuse what needs more host memory than a model may take.
+
+    Parameters
+    ----------
+    what, remedy
+        For the message: what needs it, and what to do beside raising the budget.
+
+    Raises
+    ------
+    CapExceededError
+        If it is more than the budget.
+    """
+    if budget is None or needed <= budget:
+        return
+    raise CapExceededError(
+        f"{what} takes {format_bytes(needed)} of host memory, and host_budget allows "
+        f"{format_bytes(budget)}: raise it to at least that, or {remedy}",
+        requested=needed,
+        cap=budget,
+        used=0,
+    )
+
+
+def _make(
+    kind: str, pager: Pager, nbytes: int, placements: list[Placement], budget: int | None
+) -> _core.HostTier:
+    paths, extents = direct_extents(placements)
+    device, page = pager.core_device, pager.page_size
+    threads = min(16, os.cpu_count() or 1)
+    if kind == "pinned":
+        require_budget(nbytes, budget, 'host="pinned"', 'use host="auto", or "stream"')
+        return _core.PinnedTier(device, nbytes, page, paths, extents, threads)
+    in_memory = sum(each.nbytes for each in placements) - sum(extent[3] for extent in extents)
+    if kind == "mapped":
+        what = 'what host="mapped" cannot leave in files (converted, or given as tensors)'
+        require_budget(in_memory, budget, what, "save the weights as they are to be")
+        return _core.MappedTier(device, nbytes, page, paths, extents, _MAP_LIMIT)
+    if kind == "stream":
+        least = _LEAST_RING * page
+        what = (
+            f'host="stream", with a ring of {_LEAST_RING} pages at least and '
+            f"{format_bytes(in_memory)} that no file has (converted, or given as tensors),"
+        )
+        require_budget(least + in_memory, budget, what, "make pages smaller (page_size)")
+        most = _RING if budget is None else budget - in_memory
+        ring = max(least, min(most, -(-nbytes // page) * page))
+        return _core.StreamTier(device, nbytes, page, paths, extents, ring, 8)
+    raise ValueError(f"host tier {kind!r} is not known; use one of {', '.join(HOST_TIERS)}")
+
+
+def _fill(
+    tier: _core.HostTier, placements: list[Placement], progress: Progress | None
+) -> _core.HostTier:
+    total = sum(placement.nbytes for placement in placements)
+    told = progress or (lambda done, total: None)
+    told(0, total)
+    for done in write_rest(tier.write, placements):
+        told(done, total)
+    for done in wait(tier):
+        told(total - tier.total_bytes + done, total)
+    told(total, total)
+    return tier
+
+
+def available_host_bytes() -> int:
+    """Return how much host memory can be taken: the system's, within the control group's limit."""
+    available = _core.open_device("cpu").memory_info().free_bytes
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            available = min(available, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such control group here
+        pass
+    return max(0, available)

@@ -1,0 +1,129 @@
+"""Where each tensor of a model lies in its region."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from penstock.loading.slots import Slot
+from penstock.loading.weights import Source
+
+__all__ = ["ALIGNMENT", "Placement", "lay_out"]
+
+ALIGNMENT = 512
+"""Bytes. What torch's CUDA allocator gives, and more than any CPU kernel asks for: libraries choose
+their order of summation by alignment, so equal bits need equal alignment."""
+
+_SMALL = 64  # of such a tensor's size, or more, are in a page
+_SYSTEM_PAGE = 4096  # the smallest that a system makes resident
+_CONVERTIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """One tensor of a model on its region.
+
+    Parameters
+    ----------
+    dtype
+        What it has on the region; differs from the source's where a conversion was asked for.
+    offset
+        First byte in the region.
+    stride
+        As the module made the tensor, where that is dense but not row-major (a transposed or
+        channels-last weight): another order of elements could give other bits.
+    """
+
+    slot: Slot
+    source: Source
+    dtype: torch.dtype
+    offset: int
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """The first one that the module has it under."""
+        return self.slot.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size on the region in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def least_nbytes(self) -> int:
+        """The least of it that may be read at once: a stack's parts can be read alone."""
+        is_stack = len(self.shape) == 3 and self.stride is None
+        return self.nbytes // self.shape[0] if is_stack else self.nbytes
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the tensor on the region, in elements."""
+        if self.stride is not None:
+            return self.stride
+        return torch.empty(self.shape, device="meta").stride()
+
+    @property
+    def converts(self) -> bool:
+        """Whether the source has another dtype."""
+        return self.dtype != self.source.dtype
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether the region holds the very bytes of the source."""
+        return not self.converts and self.stride is None
+
+
+def lay_out(
+    slots: list[Slot], pairs: dict[int, Source], dtype: torch.dtype | None, *, page_size: int
+) -> tuple[list[Placement], int]:
+    """Place tensors one behind the other, in the order of the module, which is mostly that of use.
+
+    Small ones (norms, biases) come first where a page holds all of them: it is read in every other
+    step, so it stays, and they take nobody else's page along.
+
+    Parameters
+    ----------
+    slots, pairs
+        From `find_slots` and `match`.
+    dtype
+        What 16, 32 and 64 bit floating-point tensors become; None leaves them as the weights have
+        them. Others (integers, 8 bit formats) are never converted.
+    page_size
+        Of the region, in bytes.
+
+    Returns
+    -------
+    tuple
+        The placements, and the bytes of the region: whole system pages.
+    """
+    placements = []
+    for index, source in pairs.items():
+        target = dtype if dtype is not None and source.dtype in _CONVERTIBLE else source.dtype
+        placements.append(Placement(slots[index], source, target, 0, _stride(slots[index].current)))
+    small = [each for each in placements if each.nbytes * _SMALL <= page_size]
+    if sum(map(_room, small)) <= page_size:
+        placements.sort(key=lambda each: each.nbytes * _SMALL > page_size)
+    end = 0
+    for at, placement in enumerate(placements):
+        placements[at] = replace(placement, offset=end)
+        end += _room(placement)
+    return placements, -(-end // _SYSTEM_PAGE) * _SYSTEM_PAGE
+
+
+def _room(placement: Placement) -> int:
+    return -(-placement.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    dense = torch.empty_like(tensor, device="meta").stride()  # keeps any dense order
+    if tensor.is_contiguous() or dense != tensor.stride():
+        return None
+    return tuple(dense)

@@ -1,0 +1,122 @@
+"""Patterns of module names, and the pages that such modules lie on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from penstock import _core
+from penstock.errors import CapExceededError, ModelError
+from penstock.loading.layout import Placement
+from penstock.memory.page_rules import PageRules
+from penstock.sizes import format_bytes
+
+__all__ = ["find_page_rules", "select_modules"]
+
+
+def select_modules(module: nn.Module, which: str | type[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """List the modules of a model, each once, by a pattern of their names or by class.
+
+    Parameters
+    ----------
+    which
+        A pattern is as `fnmatch` has it; `*` matches dots too.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if fnmatchcase(name, which) if isinstance(which, str) else isinstance(part, which):
+            found.setdefault(id(part), (name, part))
+    return list(found.values())
+
+
+def _find_modules(model: str, module: nn.Module, pattern: str) -> list[nn.Module]:
+    found = select_modules(module, pattern)
+    if not found:
+        named = list(module.named_modules())
+        some = ", ".join(repr(name) for name, _ in named[1:6]) or "none"
+        raise ModelError(
+            f"the pattern {pattern!r} matches no module of model {model!r}; its modules are {some}"
+            + (", ..." if len(named) > 6 else "")
+        )
+    return [part for _, part in found]
+
+
+def find_page_rules(
+    model: str,
+    module: nn.Module,
+    placements: Sequence[Placement],
+    *,
+    pin: Sequence[str],
+    stream: Sequence[str],
+    page_size: int,
+    cap: int,
+) -> PageRules:
+    """Say which pages modules lie on that are to stay, or to stream.
+
+    What is in a module goes with it. Pages that it shares with others stay with it, but do not
+    stream with it.
+
+    Parameters
+    ----------
+    pin, stream
+        Patterns of module names.
+    page_size, cap
+        In bytes.
+
+    Raises
+    ------
+    ModelError
+        If a pattern matches nothing, or a module is to stay and to stream.
+    CapExceededError
+        If what is to stay does not fit under the cap, beside the largest module.
+    """
+    pinned = _modules_in(model, module, pin)
+    streamed = _modules_in(model, module, stream)
+    if both := [name for name, part in module.named_modules() if id(part) in pinned & streamed]:
+        raise ModelError(f"module {both[0]!r} of model {model!r} cannot be pinned and streamed")
+    pinned_pages: set[int] = set()
+    streamed_pages: set[int] = set()
+    others: set[int] = set()
+    by_module: dict[int, set[int]] = {}
+    for placement in placements:
+        if placement.nbytes == 0:
+            continue
+        last = (placement.offset + placement.nbytes - 1) // page_size
+        pages = range(placement.offset // page_size, last + 1)
+        owners = {id(owner) for owner, _ in placement.slot.owners}
+        for owner in owners:
+            by_module.setdefault(owner, set()).update(pages)
+        if owners & pinned:
+            pinned_pages.update(pages)
+        (streamed_pages if owners <= streamed else others).update(pages)
+    rules = PageRules(tuple(sorted(pinned_pages)), tuple(sorted(streamed_pages - others)))
+    if rules.keep:
+        _require_room(model, rules, list(by_module.values()), page_size, cap)
+    return rules
+
+
+def _modules_in(model: str, module: nn.Module, patterns: Sequence[str]) -> set[int]:
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns come as a sequence: [{patterns!r}], not {patterns!r}")
+    found = (each for pattern in patterns for each in _find_modules(model, module, pattern))
+    return {id(part) for each in found for part in each.modules()}
+
+
+def _require_room(
+    model: str, rules: PageRules, modules: Sequence[set[int]], page_size: int, cap: int
+) -> None:
+    steps = [sorted(pages) for pages in modules]
+    page_count = 1 + max(page for pages in steps for page in pages)
+    needed = _core.least_frames(page_count, steps, rules.keep) * page_size
+    if needed <= cap // page_size * page_size:
+        return
+    pinned = len(rules.keep) * page_size
+    raise CapExceededError(
+        f"model {model!r} cannot have {format_bytes(pinned)} pinned: with the largest of its other "
+        f"modules that takes {format_bytes(needed)}, and the cap is {format_bytes(cap)}; pin less, "
+        "or raise the cap",
+        requested=needed,
+        cap=cap,
+    )

@@ -1,0 +1,174 @@
+"""Streaming a module that is already loaded, by one line; and taking that back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from penstock import _core
+from penstock.errors import ModelError
+from penstock.loading.slots import find_slots
+from penstock.manager.manager import MemoryManager
+
+__all__ = ["keep_acquired", "manager_of", "offload", "restore"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_NAME = "model"
+
+
+@dataclass
+class _Offloaded:
+    """What a module remembers of being offloaded. Copies of the module are not."""
+
+    manager: MemoryManager
+    adopted: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _not_offloaded, ()
+
+
+def _not_offloaded() -> None:
+    return None
+
+
+def offload(
+    model: M,
+    *,
+    cap: int | str | None = None,
+    device: str | torch.device | _core.Device = "auto",
+    pager: str = "auto",
+    page_size: int | str | None = None,
+    verify: bool = False,
+    pin: Sequence[str] = (),
+    stream: Sequence[str] = (),
+) -> M:
+    """Have a loaded module run on a device with at most `cap` bytes of its weights there.
+
+    The weights move, one by one, into pinned host memory (with managed memory, into that), so there
+    are never two copies of the model; from there they stream when the module is called. Nothing
+    else changes: the module is the same object, its `state_dict` and saving work, inputs go to
+    `device`.
+
+    Parameters
+    ----------
+    model
+        A module with its weights in ordinary memory, on any device.
+    cap, device, pager, page_size, verify
+        See `MemoryManager`.
+    pin, stream
+        Patterns of names of modules that stay in place, and of those that stream even where there
+        is room for them; see `MemoryManager.register`.
+
+    Returns
+    -------
+    nn.Module
+        `model`.
+
+    Raises
+    ------
+    ModelError
+        If it is offloaded already, has no weights or some that cannot move (on meta, sparse,
+        quantized), or a pattern matches nothing.
+    CapExceededError
+        If a step of it cannot run under the cap, or what is pinned does not fit. The module is as
+        it was then.
+
+    See Also
+    --------
+    restore : Takes it back.
+    manager_of : Tells what it does.
+    """
+    if manager_of(model) is not None:
+        raise ModelError("the model is offloaded already; penstock.restore(model) takes that back")
+    manager = MemoryManager(
+        cap=cap, device=device, pager=pager, host="pinned", page_size=page_size, verify=verify
+    )
+    if not any(slot.current.numel() for slot in find_slots(model)):
+        raise ModelError(
+            f"{type(model).__name__} has no weights, so there is nothing to offload: give it the "
+            "module that holds them"
+        )
+    manager.adopt(_NAME, model, pin=pin, stream=stream)
+    try:
+        manager.require_room(_NAME)
+        keep_acquired(manager, _NAME, adopted=True)
+    except BaseException:
+        manager.give_back(_NAME)
+        raise
+    return model
+
+
+def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -> nn.Module:
+    """Acquire the one model of a manager for as long as it lives, and have it know its manager.
+
+    Parameters
+    ----------
+    adopted
+        Whether it was loaded before, so that `restore` can take it back.
+
+    Raises
+    ------
+    CapExceededError
+        If a step of it cannot run under the cap.
+    """
+    model = manager.acquire(name)
+    object.__setattr__(model, "_penstock_offloaded", _Offloaded(manager, adopted))
+    return model
+
+
+def restore(model: M) -> M:
+    """Take `offload` back: the weights return to ordinary memory, where they were before.
+
+    Raises
+    ------
+    ModelError
+        If the model is not offloaded, or was never in ordinary memory.
+    """
+    offloaded = _offloaded(model)
+    if offloaded is None:
+        raise ModelError("the model is not offloaded")
+    if not offloaded.adopted:
+        raise ModelError(
+            "the model was read from its checkpoint to where it streams from, and never was in "
+            "ordinary memory: to have it there, load the checkpoint without Penstock"
+        )
+    offloaded.manager.release(_NAME)
+    offloaded.manager.give_back(_NAME)
+    object.__delattr__(model, "_penstock_offloaded")
+    return model
+
+
+def manager_of(model: nn.Module) -> MemoryManager | None:
+    """Return the manager of an offloaded model: for its report, schedule, statistics and cap.
+
+    The manager knows the model as `"model"`.
+
+    Parameters
+    ----------
+    model
+        A module that was given to `offload` or loaded by a front end, or any other.
+
+    Returns
+    -------
+    MemoryManager or None
+        None where the model is not offloaded; copies of an offloaded one are not.
+
+    See Also
+    --------
+    offload : Makes the manager.
+    """
+    offloaded = _offloaded(model)
+    return None if offloaded is None else offloaded.manager
+
+
+def _offloaded(model: nn.Module) -> _Offloaded | None:
+    found = model.__dict__.get("_penstock_offloaded")
+    return found if isinstance(found, _Offloaded) else None

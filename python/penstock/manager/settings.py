@@ -1,0 +1,77 @@
+"""What a manager is made with: one set of settings for every front door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penstock import _core
+from penstock.cap import process
+from penstock.loading.host_tiers import HOST_TIERS
+from penstock.memory.pager import Pager
+from penstock.policy import Policy
+from penstock.sizes import format_bytes, parse_bytes
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a `MemoryManager`, which explains them.
+
+    Raises
+    ------
+    ValueError
+        If one is not known, or a size is none.
+    """
+
+    cap: int | str | None = None
+    device: str | torch.device | _core.Device = "auto"
+    pager: str = "auto"
+    host: str = "auto"
+    host_budget: int | str | None = None
+    page_size: int | str | None = None
+    trace: bool = False
+    verify: bool = False
+    progress: bool | None = None
+    policy: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if self.host not in HOST_TIERS:
+            known = ", ".join(HOST_TIERS)
+            raise ValueError(f"host tier {self.host!r} is not known; use one of {known}")
+
+    @property
+    def host_budget_bytes(self) -> int | None:
+        """Bytes of host memory that one model may take; None for what is free."""
+        return None if self.host_budget is None else parse_bytes(self.host_budget)
+
+    def open_pager(self) -> Pager:
+        """Make a pager, or share that of the hard cap.
+
+        Raises
+        ------
+        ValueError
+            If there is no cap, or two, or the pager does not go with a hard cap.
+        DeviceError
+            If the device is not there or cannot page.
+        """
+        hard_cap = process.current_cap(self.device)
+        if hard_cap is None:
+            if self.cap is None:
+                raise ValueError("give a cap, or set one for the process first: penstock.set_cap")
+            return Pager(
+                cap=self.cap, device=self.device, kind=self.pager, page_size=self.page_size
+            )
+        if self.cap is not None:
+            raise ValueError(
+                f"the process has a hard cap of {format_bytes(hard_cap.pager.cap)} already, which "
+                "all managers share: leave the cap out"
+            )
+        if self.pager == "managed":
+            raise ValueError(
+                "managed memory is not held by a hard cap: the driver keeps evicted pages on the "
+                'device until somebody needs them. Use pager="frames"'
+            )
+        return Pager(cap=hard_cap.pager, kind="frames", page_size=self.page_size)

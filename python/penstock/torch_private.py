@@ -1,0 +1,96 @@
+"""The private parts of torch that Penstock uses, all of them, and nothing else.
+
+Where a new torch breaks something, it is here. `TRIED` has the versions with which each was tried:
+those of the tests on a CPU, and on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.backends import ContextProp
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "TRIED",
+    "ContextProp",
+    "TorchDispatchMode",
+    "change_count",
+    "current_stream",
+    "function_of",
+    "holds_values_elsewhere",
+    "in_backward",
+    "parse_to",
+    "reduce_tensor",
+    "replace_function",
+    "share_storage",
+    "tree_leaves",
+    "tree_map",
+    "without_torch_function",
+]
+
+TRIED = {
+    "ContextProp": "2.11",
+    "TorchDispatchMode": "2.11 to 2.13",
+    "change_count": "2.11 to 2.13",
+    "current_stream": "2.11",
+    "function_of": "2.11 to 2.13",
+    "holds_values_elsewhere": "2.11 to 2.13",
+    "in_backward": "2.11 to 2.13",
+    "parse_to": "2.11 to 2.13",
+    "reduce_tensor": "2.11 to 2.13",
+    "replace_function": "2.11 to 2.13",
+    "share_storage": "2.11 to 2.13",
+    "tree_leaves": "2.11 to 2.13",
+    "tree_map": "2.11 to 2.13",
+    "without_torch_function": "2.11 to 2.13",
+}
+"""The versions of torch with which each was tried."""
+
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+"""Within a block, subclasses of tensors are treated as plain ones."""
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this thread, as when it calculates checkpointed segments again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def current_stream(ordinal: int) -> int:
+    """Return the handle of torch's current stream on a CUDA device."""
+    return int(torch._C._cuda_getCurrentRawStream(ordinal))
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """Read the arguments of `Tensor.to`: device, dtype, whether to wait, memory format."""
+    return tuple(torch._C._nn._parse_to(*args, **kwargs))
+
+
+def change_count(tensor: torch.Tensor) -> int:
+    """Count how often a tensor was changed in place, as autograd does."""
+    return tensor._version
+
+
+def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are views of one storage, which need not have memory."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def holds_values_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class that holds its values in tensors of its own."""
+    return type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def function_of(name: str) -> Callable[..., Any] | None:
+    """Return a function that torch's own Python calls in its library, if there is one."""
+    found: Callable[..., Any] | None = getattr(torch._C, name, None)
+    return found
+
+
+def replace_function(name: str, ours: Callable[..., Any]) -> None:
+    """Have torch's own Python call a function of ours, for the life of the process."""
+    setattr(torch._C, name, ours)
