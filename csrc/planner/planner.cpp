@@ -25,6 +25,10 @@ constexpr std::size_t kRingBytesInDoubt = std::size_t{64} << 20;
 constexpr double kAsGood = 1.001;    // times that are as good as the best one
 constexpr double kRoomPrice = 1.05;  // what such room may cost
 
+// Copies below this cost the host more than the link; see FramesRegion::least_load.
+constexpr std::size_t kLittleBytes = std::size_t{16} << 20;
+constexpr std::size_t kLittleShare = 16;  // of the frames that may stay
+
 class Planner {
  public:
   explicit Planner(const PlanRequest& request)
@@ -61,6 +65,14 @@ class Planner {
   std::size_t doubtful_ring() const {
     const std::size_t pages = (kRingBytesInDoubt + request_.page_size - 1) / request_.page_size;
     return std::min(std::max(pages, kRoomInDoubt), std::max<std::size_t>(spare() / 2, 1));
+  }
+
+  // The ring for little pages: beside the largest step, room for a copy of several steps' pages and
+  // for the one behind it, as far as that takes little from what stays.
+  std::size_t ring_for_copies(std::size_t step) const {
+    const std::size_t pages = kLittleBytes / request_.page_size;  // of such a copy
+    const std::size_t room = std::min(2 * pages, spare() / kLittleShare);
+    return pages < 2 || room == 0 ? 1 : step + room;
   }
 
   // Frames beside those of pages that have to stay.
@@ -115,7 +127,7 @@ std::vector<std::size_t> Planner::ring_sizes() const {
     }
   }
   const std::size_t limit = most_ring(least);
-  least = std::clamp(request_.least_ring, least, limit);
+  least = std::clamp(std::max(request_.least_ring, ring_for_copies(step)), least, limit);
   const std::size_t wanted = std::max(to_stream(), step + kRoomInDoubt);
   const std::size_t most = std::clamp(wanted, least, limit);
   std::vector<std::size_t> sizes;

@@ -623,6 +623,17 @@ TEST(Planner, TenThousandPagesArePlannedWhileNobodyNotices) {
   }
 }
 
+TEST(Planner, LittlePagesHaveARingForCopiesOfSeveralSteps) {
+  PlanRequest request = request_of(400, single_pages(400), 200, std::vector<double>(400, 1e-6));
+  EXPECT_LE(make_plan(request).ring, 5U);
+  request.page_size = 2 * kMiB;
+  const Plan plan = make_plan(request);
+  EXPECT_GE(plan.ring, 1U + 12U);  // a sixteenth of the frames
+  EXPECT_EQ(plan.loads.size(), 400 - plan.resident.size());
+  request.frames = 12;
+  EXPECT_LE(make_plan(request).ring, 5U);
+}
+
 // ---- a ring that is asked for ------------------------------------------------------------------
 
 TEST(Planner, RingIsAsLargeAsItIsAskedToBe) {

@@ -128,6 +128,20 @@ TEST(Streamer, EveryPassLoadsWhatDoesNotStayAndMissesNothing) {
   }
 }
 
+TEST(Streamer, LittlePagesOfSeveralStepsComeByOneCopy) {
+  const OwnedStream stream(std::make_shared<HostDevice>());
+  FramesStreaming run(0, 9, steps_of(45, 1), 45);
+  run.tier->together = true;
+  run.run_pass(stream.get());
+  run.since();
+  const auto before = run.device->calls()["copy"];
+  run.run_pass(stream.get());
+  EXPECT_LE(run.device->calls()["copy"] - before, 45U / 4 + 1);  // half of what no step reads
+  EXPECT_EQ(run.since(), std::pair(std::uint64_t{45}, std::uint64_t{0}));
+  run.spy->stream_synchronize(stream.get());
+  EXPECT_EQ(run.look.wrong(), 0);
+}
+
 TEST(Streamer, SharedPagesDoNotShortenTheLookAhead) {
   // Page 0 is read by every step, so one pass reads more pages than there are.
   Steps steps;
