@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "parse_bytes", "parse_cap"]
 
 _UNITS = {
     "B": 1,
@@ -17,6 +17,7 @@ _UNITS = {
     "GB": 10**9,
     "TB": 10**12,
 }
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -50,6 +51,34 @@ def parse_bytes(size: int | str) -> int:
     if not 0 < size < 1 << 63:
         raise ValueError(f"a size is positive and below 8 EiB, not {size}")
     return size
+
+
+def parse_cap(cap: int | str, total: int) -> int:
+    """Turn a cap into bytes.
+
+    Parameters
+    ----------
+    cap
+        As `parse_bytes` has it, or a part of the memory, such as `"60%"`.
+    total
+        Bytes of the memory.
+
+    Returns
+    -------
+    int
+        Bytes, rounded down.
+
+    Raises
+    ------
+    ValueError
+        As `parse_bytes`; and if the part is nothing, or more than all.
+    """
+    share = _SHARE.fullmatch(cap) if isinstance(cap, str) else None
+    if share is None:
+        return parse_bytes(cap)
+    if not 0 < float(share[1]) <= 100:
+        raise ValueError(f"a cap is more than 0% of the memory and at most 100%, not {cap!r}")
+    return parse_bytes(max(1, int(total * float(share[1]) / 100)))
 
 
 def format_bytes(nbytes: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.sizes import format_bytes, parse_bytes
+from penstock.sizes import format_bytes, parse_bytes, parse_cap
 
 UNITS = {
     "": 1,
@@ -92,3 +92,17 @@ def test_size_is_written(nbytes: int, text: str) -> None:
 @given(st.integers(1024, 10**16))
 def test_what_is_written_can_be_read_and_is_near(nbytes: int) -> None:
     assert parse_bytes(format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("cap", "nbytes"),
+    [("60%", 600), (" 12.5 % ", 125), ("100%", 1000), ("0.01%", 1), ("2KiB", 2048), (7, 7)],
+)
+def test_caps_may_be_parts_of_the_memory(cap: int | str, nbytes: int) -> None:
+    assert parse_cap(cap, 1000) == nbytes
+
+
+@pytest.mark.parametrize("cap", ["0%", "0.0%", "100.1%", "-5%", "%", "5%%", "5 percent", True])
+def test_what_is_no_part_is_refused(cap: int | str) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        parse_cap(cap, 1000)

@@ -50,8 +50,8 @@ def capped(
     Parameters
     ----------
     cap
-        Bytes, or a text such as `"2GiB"`; by frames, as torch asks for memory in pieces of 2 or 20
-        MiB and more.
+        Bytes, or a text such as `"2GiB"` or `"10%"`; by frames, as torch asks for memory in pieces
+        of 2 or 20 MiB and more.
     device
         `"cuda"` or `"cuda:N"`.
     page_size

@@ -23,7 +23,7 @@ from penstock.errors import CapExceededError, DeviceError
 from penstock.memory.hard_cap_view import ModelFigures
 from penstock.memory.pager import Pager
 from penstock.report.stats import ModelStats
-from penstock.sizes import format_bytes, parse_bytes
+from penstock.sizes import format_bytes, parse_bytes, parse_cap
 
 __all__ = ["HardCap", "Overflow"]
 
@@ -43,7 +43,7 @@ class HardCap:
     Parameters
     ----------
     cap
-        Bytes, or a text such as `"8GiB"`.
+        Bytes, or a text such as `"8GiB"`, or `"60%"` of the device's memory.
     page_size
         Bytes of a frame; see `Pager`.
     reserve
@@ -63,8 +63,8 @@ class HardCap:
         page_size: int | str | None = None,
         reserve: int | str | None = None,
     ) -> None:
-        self._wanted = parse_bytes(cap)  # by the user; a fraction of the memory may be less
-        self.pager = Pager(cap=self._wanted, device=device, kind="frames", page_size=page_size)
+        self.pager = Pager(cap=cap, device=device, kind="frames", page_size=page_size)
+        self._wanted = self.pager.cap  # by the user; a fraction of the memory may be less
         granularity = self.pager.core_device.info().frame_granularity
         frame_size = min(self.pager.page_size, max(granularity, _FRAME_SIZE))
         self.allocator = _core.CachingAllocator(self.pager.frames.beside(frame_size))
@@ -153,7 +153,7 @@ class HardCap:
         CapExceededError
             If more is in use than that; room that was made stays made.
         """
-        wanted = parse_bytes(cap)
+        wanted = parse_cap(cap, self.pager.core_device.info().total_bytes)
         self._change(wanted)
         self._wanted = wanted
 
@@ -209,7 +209,7 @@ class HardCap:
         return found
 
     def free_cached(self, nbytes: int) -> int:
-        """Give back frames that the allocator caches.
+        """Free frames that the allocator caches.
 
         Parameters
         ----------
@@ -219,17 +219,17 @@ class HardCap:
         Returns
         -------
         int
-            Bytes given back.
+            Bytes freed.
         """
         return self.allocator.give_back(nbytes)
 
     def free_idle(self) -> int:
-        """Give back what no tensor has needed for some passes; called at the end of each.
+        """Free what no tensor has needed for some passes; called at the end of each.
 
         Returns
         -------
         int
-            Bytes given back.
+            Bytes freed.
         """
         self._idle.append(self.allocator.take_idle_bytes())
         if len(self._idle) < _PASSES:

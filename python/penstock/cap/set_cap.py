@@ -37,7 +37,7 @@ def set_cap(
     Parameters
     ----------
     cap
-        Bytes, or a text such as `"8GiB"`.
+        Bytes, or a text such as `"8GiB"`, or `"60%"` of the device's memory.
     device
         `"cuda"` or `"cuda:N"`.
     page_size

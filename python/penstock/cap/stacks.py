@@ -20,7 +20,7 @@ __all__ = ["LARGE_BLOCK", "StackRecorder"]
 LARGE_BLOCK = 1 << 20
 """Bytes of memory from which on stacks are noted."""
 
-_DEPTH = 8  # frames of a stack
+_DEPTH = 8  # calls of a stack
 _MOST = 4096  # stacks; the oldest go first
 _THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__)))
 
@@ -82,10 +82,10 @@ def _addresses(values: Any) -> set[int]:  # noqa: ANN401
 
 def _stack() -> tuple[str, ...]:
     lines: list[str] = []
-    frame = sys._getframe(1)
-    while frame is not None and len(lines) < _DEPTH:
-        code = frame.f_code
+    call = sys._getframe(1)
+    while call is not None and len(lines) < _DEPTH:
+        code = call.f_code
         if not code.co_filename.startswith(_THEIRS):
-            lines.append(f"{code.co_filename}:{frame.f_lineno} in {code.co_name}")
-        frame = frame.f_back  # type: ignore[assignment]
+            lines.append(f"{code.co_filename}:{call.f_lineno} in {code.co_name}")
+        call = call.f_back  # type: ignore[assignment]
     return tuple(lines)

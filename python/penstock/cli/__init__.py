@@ -15,6 +15,7 @@ from rich.console import Console
 
 from penstock import _core
 from penstock.cli import bench, demo, doctor, inspect
+from penstock.cli.settings_options import add_settings
 from penstock.errors import PenstockError
 from penstock.sizes import parse_bytes
 
@@ -80,8 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     added.set_defaults(run=inspect.run)
 
     added = command("demo", "Rank sentences with a real model that does not fit under its cap.")
-    added.add_argument("--cap", type=_size, default=64 << 20, help="default: 64MiB")
-    added.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
+    add_settings(added, _size, cap="64MiB")
     added.add_argument("--query", default=demo.QUERY, help="what to rank the sentences against")
     added.set_defaults(run=demo.run)
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from penstock.cli.settings_options import settings_of
 from penstock.manager.manager import MemoryManager
 from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(directory)
     texts = [options.query, *_SENTENCES]
 
-    manager = MemoryManager(cap=options.cap, device=options.device)
+    manager = MemoryManager(**settings_of(options))
     manager.register("minilm", lambda: transformers.AutoModel.from_config(config).eval(), directory)
     inputs = tokenizer(texts, padding=True, return_tensors="pt").to(manager.device)
     with torch.no_grad(), _SystemPeak(manager, "minilm") as peak, manager.use("minilm") as model:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from penstock import _core
 from penstock.errors import CheckpointError, ModelError
 from penstock.integrations import transformers as transformers_front_end
 from penstock.integrations.transformers_class import refuse_quantized
@@ -26,6 +25,7 @@ from penstock.loading.deferred import defer, source_of
 from penstock.loading.skeleton import build_skeleton
 from penstock.loading.weights import Weights, open_weights
 from penstock.manager.manager import MemoryManager
+from penstock.manager.settings import split_options
 from penstock.optional_packages import require
 
 if TYPE_CHECKING:
@@ -48,13 +48,7 @@ def load(
     cap: int | str | None = None,
     *,
     dtype: torch.dtype | None = None,
-    device: str | torch.device | _core.Device = "auto",
-    pager: str = "auto",
-    host: str = "auto",
-    host_budget: int | str | None = None,
-    page_size: int | str | None = None,
-    verify: bool = False,
-    **components: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
 ) -> DiffusionPipeline:
     """Load a pipeline from its directory, ready to be called, all of its parts under one cap.
 
@@ -62,25 +56,19 @@ def load(
 
     Parameters
     ----------
-    directory, dtype, components
+    directory, dtype
         See `register`.
-    cap, device, pager, host, host_budget, page_size, verify
-        See `MemoryManager`.
+    cap, options
+        `device` and all others of `MemoryManager`; what is none of these is one of the components,
+        see `register`.
 
     Raises
     ------
     CheckpointError, CapExceededError, DeviceError, PenstockError
         As `register` does.
     """
-    manager = MemoryManager(
-        cap=cap,
-        device=device,
-        pager=pager,
-        host=host,
-        host_budget=host_budget,
-        page_size=page_size,
-        verify=verify,
-    )
+    settings, components = split_options(options)
+    manager = MemoryManager(cap=cap, **settings)
     return register(manager, directory, dtype=dtype, **components)
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from penstock import _core
 from penstock.errors import CheckpointError, PenstockError
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
 from penstock.loading.deferred import Deferred, defer, source_of
@@ -23,6 +23,7 @@ from penstock.loading.slots import find_slots
 from penstock.loading.weights import Weights, open_weights
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import keep_acquired
+from penstock.manager.settings import OptionsBesideCap
 from penstock.optional_packages import require
 from penstock.torch_private import without_torch_function
 
@@ -44,12 +45,7 @@ def load(
     model_class: type | str | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
-    device: str | torch.device | _core.Device = "auto",
-    pager: str = "auto",
-    host: str = "auto",
-    host_budget: int | str | None = None,
-    page_size: int | str | None = None,
-    verify: bool = False,
+    **settings: Unpack[OptionsBesideCap],
 ) -> PreTrainedModel:
     """Load a model from its directory, ready to be called, under a cap of its own.
 
@@ -59,8 +55,8 @@ def load(
     ----------
     directory, dtype, config, model_class, trust_remote_code, strict
         See `register`.
-    cap, device, pager, host, host_budget, page_size, verify
-        See `MemoryManager`.
+    cap, settings
+        `device` and all others of `MemoryManager`.
 
     Returns
     -------
@@ -76,15 +72,7 @@ def load(
     --------
     register : Several models under one cap.
     """
-    manager = MemoryManager(
-        cap=cap,
-        device=device,
-        pager=pager,
-        host=host,
-        host_budget=host_budget,
-        page_size=page_size,
-        verify=verify,
-    )
+    manager = MemoryManager(cap=cap, **settings)
     register(
         manager,
         "model",

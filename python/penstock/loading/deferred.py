@@ -208,13 +208,13 @@ def _joined(
         return None
     form = tensors[0].shape
     dim = dim % (len(form) + _JOINS[func])
-    turns = math.prod(form[:dim])
-    runs = [each.nbytes // max(1, turns) for each in tensors]
-    if turns > 1 and min(runs) < _LEAST_RUN:
+    rows = math.prod(form[:dim])
+    runs = [each.nbytes // max(1, rows) for each in tensors]
+    if rows > 1 and min(runs) < _LEAST_RUN:
         return None
     return tuple(
         piece
-        for turn in range(turns)
+        for row in range(rows)
         for each, run in zip(tensors, runs, strict=True)
-        for piece in _cut(each._where, turn * run, run)
+        for piece in _cut(each._where, row * run, run)
     )

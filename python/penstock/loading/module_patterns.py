@@ -72,11 +72,11 @@ def find_page_rules(
     CapExceededError
         If what is to stay does not fit under the cap, beside the largest module.
     """
-    pinned = _modules_in(model, module, pin)
+    kept = _modules_in(model, module, pin)
     streamed = _modules_in(model, module, stream)
-    if both := [name for name, part in module.named_modules() if id(part) in pinned & streamed]:
+    if both := [name for name, part in module.named_modules() if id(part) in kept & streamed]:
         raise ModelError(f"module {both[0]!r} of model {model!r} cannot be pinned and streamed")
-    pinned_pages: set[int] = set()
+    kept_pages: set[int] = set()
     streamed_pages: set[int] = set()
     others: set[int] = set()
     by_module: dict[int, set[int]] = {}
@@ -88,10 +88,10 @@ def find_page_rules(
         owners = {id(owner) for owner, _ in placement.slot.owners}
         for owner in owners:
             by_module.setdefault(owner, set()).update(pages)
-        if owners & pinned:
-            pinned_pages.update(pages)
+        if owners & kept:
+            kept_pages.update(pages)
         (streamed_pages if owners <= streamed else others).update(pages)
-    rules = PageRules(tuple(sorted(pinned_pages)), tuple(sorted(streamed_pages - others)))
+    rules = PageRules(tuple(sorted(kept_pages)), tuple(sorted(streamed_pages - others)))
     if rules.keep:
         _require_room(model, rules, list(by_module.values()), page_size, cap)
     return rules
@@ -112,9 +112,9 @@ def _require_room(
     needed = _core.least_frames(page_count, steps, rules.keep) * page_size
     if needed <= cap // page_size * page_size:
         return
-    pinned = len(rules.keep) * page_size
+    kept = len(rules.keep) * page_size
     raise CapExceededError(
-        f"model {model!r} cannot have {format_bytes(pinned)} pinned: with the largest of its other "
+        f"model {model!r} cannot have {format_bytes(kept)} pinned: with the largest of its other "
         f"modules that takes {format_bytes(needed)}, and the cap is {format_bytes(cap)}; pin less, "
         "or raise the cap",
         requested=needed,

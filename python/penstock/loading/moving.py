@@ -20,7 +20,7 @@ from penstock.loading.weights import Source
 from penstock.memory.model_memory import ModelMemory, is_in_service
 from penstock.torch_private import holds_values_elsewhere
 
-__all__ = ["Origin", "give_back", "move_in", "survey"]
+__all__ = ["Origin", "move_in", "move_out", "survey"]
 
 Write = Callable[[int, np.ndarray[Any, Any]], None]
 
@@ -193,8 +193,8 @@ def move_in(write: Write | None, placement: Placement) -> None:
         pass
 
 
-def give_back(module: nn.Module, memory: ModelMemory | None, origin: Origin) -> None:
-    """Give what a module holds of a model's memory ordinary memory again, with its values now.
+def move_out(module: nn.Module, memory: ModelMemory | None, origin: Origin) -> None:
+    """Move what a module holds of a model's memory to ordinary memory, with its values now.
 
     Tensors keep what they share, also with views that others have, where they stay on the device.
     Nothing has changed where this fails.
@@ -212,7 +212,7 @@ def give_back(module: nn.Module, memory: ModelMemory | None, origin: Origin) -> 
         elif torch_dispatch.is_keyed(tensor) and not is_in_service(tensor):
             strays.append((tensor, tensor.detach().clone()))
     for offset, tensors in storages.items():
-        _move_out(tensors, values[offset])
+        _move_storage_out(tensors, values[offset])
     for tensor, value in strays:
         tensor.data = value
     for owner, name, device in origin.buffers:
@@ -221,7 +221,7 @@ def give_back(module: nn.Module, memory: ModelMemory | None, origin: Origin) -> 
             owner._buffers[name] = buffer.to(device)
 
 
-def _move_out(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+def _move_storage_out(tensors: Sequence[torch.Tensor], values: torch.Tensor) -> None:
     """Have tensors over one storage lie where the values of all of it are."""
     stay = values.device == tensors[0].device
     if stay:

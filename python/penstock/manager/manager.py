@@ -22,7 +22,7 @@ from penstock.report.trace import write_trace
 from penstock.run.capture import CapturedPass
 from penstock.run.kernels import Kernel, KernelFunction
 from penstock.run.runner import Runner
-from penstock.sizes import format_bytes, parse_bytes
+from penstock.sizes import format_bytes, parse_cap
 
 __all__ = ["MemoryManager"]
 
@@ -33,10 +33,11 @@ class MemoryManager(Registration):
     Parameters
     ----------
     cap
-        Bytes of device memory for the weights of all models together, or a text such as `"8GiB"`:
-        pages that are resident, and with frames the tables by which the driver addresses pinned
-        host memory (a 512th of it). Activations and other buffers are not counted. None under a
-        hard cap (`set_cap`): then weights have what everything else leaves.
+        Bytes of device memory for the weights of all models together, or a text such as `"8GiB"`,
+        or `"60%"` of the device's memory: pages that are resident, and with frames the tables by
+        which the driver addresses pinned host memory (a 512th of it). Activations and other buffers
+        are not counted. None under a hard cap (`set_cap`): then weights have what everything else
+        leaves.
     device
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
@@ -130,7 +131,7 @@ class MemoryManager(Registration):
             if model.runner is None:
                 raise ModelError(f"model {name!r} has no weights to stream")
             runner = model.runner
-        return CapturedPass(runner, args, kwargs)  # calls wait for their turn: not with the lock
+        return CapturedPass(runner, args, kwargs)  # without the lock: calls may wait
 
     def register_kernel(
         self,
@@ -234,7 +235,7 @@ class MemoryManager(Registration):
         if self._pager.hard_cap is not None:
             self._pager.hard_cap.set_cap(cap)
             return
-        nbytes = parse_bytes(cap)
+        nbytes = parse_cap(cap, self._pager.core_device.info().total_bytes)
 
         def change() -> None:
             ledger = self._pager.budget.stats()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from penstock import _core
 from penstock.errors import ModelError
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
+from penstock.manager.settings import Options
 
 __all__ = ["keep_acquired", "manager_of", "offload", "restore"]
 
@@ -42,13 +42,9 @@ def _not_offloaded() -> None:
 def offload(
     model: M,
     *,
-    cap: int | str | None = None,
-    device: str | torch.device | _core.Device = "auto",
-    pager: str = "auto",
-    page_size: int | str | None = None,
-    verify: bool = False,
     pin: Sequence[str] = (),
     stream: Sequence[str] = (),
+    **settings: Unpack[Options],
 ) -> M:
     """Have a loaded module run on a device with at most `cap` bytes of its weights there.
 
@@ -61,11 +57,12 @@ def offload(
     ----------
     model
         A module with its weights in ordinary memory, on any device.
-    cap, device, pager, page_size, verify
-        See `MemoryManager`.
     pin, stream
         Patterns of names of modules that stay in place, and of those that stream even where there
         is room for them; see `MemoryManager.register`.
+    settings
+        `cap`, `device` and all others of `MemoryManager`. The host tier can only be pinned: a
+        loaded module has no files to read from.
 
     Returns
     -------
@@ -88,9 +85,7 @@ def offload(
     """
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already; penstock.restore(model) takes that back")
-    manager = MemoryManager(
-        cap=cap, device=device, pager=pager, host="pinned", page_size=page_size, verify=verify
-    )
+    manager = MemoryManager(**settings)
     if not any(slot.current.numel() for slot in find_slots(model)):
         raise ModelError(
             f"{type(model).__name__} has no weights, so there is nothing to offload: give it the "

@@ -14,7 +14,7 @@ from penstock.errors import ModelError
 from penstock.loading.binding import Binding, View
 from penstock.loading.layout import Placement, lay_out
 from penstock.loading.module_patterns import find_page_rules
-from penstock.loading.moving import give_back, move_in, survey
+from penstock.loading.moving import move_in, move_out, survey
 from penstock.loading.open_memory import empty_memory, filled_memory
 from penstock.loading.skeleton import build_skeleton
 from penstock.loading.slots import find_slots, match
@@ -220,7 +220,7 @@ class Registration(ModelsInUse):
                     move = partial(move_in, memory.write if memory is not None else None)
                     model = self._bind(name, module, placements, memory, before=move, views=views)
                 except BaseException:
-                    give_back(module, memory, origin)
+                    move_out(module, memory, origin)
                     raise
             model.origin = origin
             self._add(name, model)
@@ -251,7 +251,7 @@ class Registration(ModelsInUse):
             memory = model.runner.memory if model.runner else None
             leaving = model.binding.leaving()
             with torch.inference_mode(False), torch.no_grad(), leaving:
-                give_back(model.binding.module, memory, model.origin)
+                move_out(model.binding.module, memory, model.origin)
             self._forget(name)
 
     def unregister(self, name: str) -> None:

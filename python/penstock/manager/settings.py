@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -13,7 +15,27 @@ from penstock.memory.pager import Pager
 from penstock.policy import Policy
 from penstock.sizes import format_bytes, parse_bytes
 
-__all__ = ["Settings"]
+__all__ = ["Options", "OptionsBesideCap", "Settings", "split_options"]
+
+
+class OptionsBesideCap(TypedDict, total=False):
+    """The settings, as keywords of who has `cap` as an argument of its own."""
+
+    device: str | torch.device | _core.Device
+    pager: str
+    host: str
+    host_budget: int | str | None
+    page_size: int | str | None
+    trace: bool
+    verify: bool
+    progress: bool | None
+    policy: Policy | None
+
+
+class Options(OptionsBesideCap, total=False):
+    """The settings, as keywords."""
+
+    cap: int | str | None
 
 
 @dataclass(frozen=True)
@@ -75,3 +97,11 @@ class Settings:
                 'device until somebody needs them. Use pager="frames"'
             )
         return Pager(cap=hard_cap.pager, kind="frames", page_size=self.page_size)
+
+
+def split_options(given: Mapping[str, Any]) -> tuple[OptionsBesideCap, dict[str, Any]]:
+    """Part keywords into settings and others, for who takes both."""
+    known = OptionsBesideCap.__annotations__
+    settings = {name: value for name, value in given.items() if name in known}
+    others = {name: value for name, value in given.items() if name not in known}
+    return cast(OptionsBesideCap, settings), others

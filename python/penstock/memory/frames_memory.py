@@ -229,9 +229,9 @@ class FramesMemory(ModelMemory):
                 self.region_core.evict([page])
 
     @override
-    def set_turn(self, turn: int | None) -> None:
+    def set_eviction_rank(self, rank: int | None) -> None:
         """Say whether others may take frames without asking; their order is that of next uses."""
-        self.region_core.set_protected(turn is None)
+        self.region_core.set_protected(rank is None)
 
     @override
     def load_all(self, stream: int) -> None:

@@ -23,10 +23,10 @@ class HardCapView(Protocol):
         """Charge the tables of pinned memory, where they are seen; return whether they are."""
 
     def free_idle(self) -> int:
-        """Give back what no tensor has needed for some passes; return how many bytes."""
+        """Free what no tensor has needed for some passes; return how many bytes."""
 
     def free_cached(self, nbytes: int) -> int:
-        """Give back frames that the allocator caches, up to so many bytes; return how many."""
+        """Free frames that the allocator caches, up to so many bytes; return how many."""
 
     def add_models(self, figures: ModelFigures) -> None:
         """Show the models of a manager among the cap's figures, for as long as the manager lives.

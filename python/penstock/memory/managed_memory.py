@@ -28,7 +28,7 @@ class ManagedMemory(ModelMemory):
         assert isinstance(region.core, _core.ManagedRegion)
         self.region_core = region.core
         self._kept: tuple[int, ...] = ()
-        self._pinned = False
+        self._keeping = False
         self._allowed: int | None = None  # pages beside what other models claim; None: all
 
     @override
@@ -96,8 +96,8 @@ class ManagedMemory(ModelMemory):
         self.region_core.write(offset, values)
 
     @override
-    def set_turn(self, turn: int | None) -> None:
-        self.pager.core.set_turn(self.region_core, turn)
+    def set_eviction_rank(self, rank: int | None) -> None:
+        self.pager.core.set_turn(self.region_core, rank)
 
     @override
     def load_all(self, stream: int) -> None:
@@ -106,10 +106,10 @@ class ManagedMemory(ModelMemory):
 
     @override
     def set_active(self, active: bool) -> None:
-        if active != self._pinned and self.rules.keep:
+        if active != self._keeping and self.rules.keep:
             change = self.region_core.begin if active else self.region_core.end
             change(self.rules.keep, self.pager.stream())
-            self._pinned = active
+            self._keeping = active
         self.pager.core.set_active(self.region_core, active)
 
     @override

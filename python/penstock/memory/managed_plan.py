@@ -60,31 +60,31 @@ def plan_managed(
     rules
         Pages that have to stay, and those that must not.
     """
-    pinned, streamed = set(rules.keep), set(rules.stream).difference(rules.keep)
+    keep, stream = set(rules.keep), set(rules.stream).difference(rules.keep)
     read = list(dict.fromkeys(page for step in steps for page in step))
     compute = sum(seconds)
-    stay = pinned.union(read) - streamed
-    if len(pinned.union(read)) <= frames:
-        nbytes = len(streamed.intersection(read)) * page_size
+    stay = keep.union(read) - stream
+    if len(keep.union(read)) <= frames:
+        nbytes = len(stream.intersection(read)) * page_size
         ring = frames - len(stay) if nbytes else 0
         seconds_of_pass = max(nbytes / link_rate, compute)
         return ManagedPlan(tuple(sorted(stay)), ring, nbytes, seconds_of_pass)
-    order = [page for page in read if page not in pinned]
-    frames -= len(pinned)
+    order = [page for page in read if page not in keep]
+    frames -= len(keep)
     batch = max(1, BATCH_BYTES // page_size)
     ring = min(BATCHES * batch, frames // 2)
-    largest = max(len(set(step) - pinned) for step in steps)
+    largest = max(len(set(step) - keep) for step in steps)
     ring = min(max(ring, largest + max(1, min(batch, ring // BATCHES))), frames)
     count = frames - ring
     loads = _loads(steps, ring, 1 - count / len(order))
     kept: list[int] = []
     for level in sorted({*loads.values()}, reverse=True):
-        pages = [page for page in order if loads[page] == level and page not in streamed]
+        pages = [page for page in order if loads[page] == level and page not in stream]
         kept += _runs(pages, min(count - len(kept), len(pages)), batch)
     passing = set(order).difference(kept)
     nbytes = sum(loads[page] for page in passing) * page_size
     return ManagedPlan(
-        tuple(sorted((*kept, *pinned))), ring, nbytes, max(nbytes / link_rate, compute)
+        tuple(sorted((*kept, *keep))), ring, nbytes, max(nbytes / link_rate, compute)
     )
 
 

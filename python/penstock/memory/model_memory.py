@@ -214,8 +214,8 @@ class ModelMemory(ABC):
         """Say whether the model is in use; others take its pages only when they must."""
 
     @abstractmethod
-    def set_turn(self, turn: int | None) -> None:
-        """Say when others take its pages: lower turns first; None for never."""
+    def set_eviction_rank(self, rank: int | None) -> None:
+        """Say when others take its pages: from lower ranks first; None for never."""
 
     @abstractmethod
     def load_all(self, stream: int) -> None:

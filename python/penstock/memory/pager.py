@@ -14,7 +14,7 @@ from penstock.memory.devices import open_device
 from penstock.memory.hard_cap_view import HardCapView
 from penstock.memory.link_rate import LinkRate
 from penstock.memory.region import Region
-from penstock.sizes import parse_bytes
+from penstock.sizes import parse_bytes, parse_cap
 from penstock.torch_private import current_stream
 
 __all__ = ["Pager", "wait_until_pinned"]
@@ -38,8 +38,8 @@ class Pager:
     Parameters
     ----------
     cap
-        Bytes that may be resident at once, or a text such as `"1GiB"`; another pager to share the
-        ledger and the device of.
+        Bytes that may be resident at once, or a text such as `"1GiB"`, or `"60%"` of the device's
+        memory; another pager to share the ledger and the device of.
     device
         See `open_device`.
     kind
@@ -83,7 +83,7 @@ class Pager:
         else:
             assert not isinstance(cap, Pager)
             self.core_device, self.device = open_device(device)
-            self.budget = _core.Budget(parse_bytes(cap))
+            self.budget = _core.Budget(parse_cap(cap, self.core_device.info().total_bytes))
             self._link = LinkRate(self.core_device, self.budget)
         if kind == "auto":
             kind = "frames" if self.device.type == "cuda" else "managed"
@@ -306,7 +306,7 @@ class Pager:
         Returns
         -------
         int
-            Bytes given back to the budget.
+            Bytes released to the budget.
         """
         pages = self._pages(region, start, nbytes)
         if isinstance(region.core, _core.ManagedRegion):

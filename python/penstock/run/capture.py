@@ -44,10 +44,10 @@ class CapturedPass:
         self._pager = memory.pager
         self._inputs = tree_map(_static, (args, kwargs))
         args, kwargs = self._inputs
-        self._settle(runner, args, kwargs)
+        self._run_until_settled(runner, args, kwargs)
         if memory.widen_ring():
             runner.plan()
-            self._settle(runner, args, kwargs)
+            self._run_until_settled(runner, args, kwargs)
         self._graph = torch.cuda.CUDAGraph()
         # What stays was loaded by the last pass, everything else by the graph itself.
         self._core.prepare_capture()
@@ -63,7 +63,9 @@ class CapturedPass:
         self.loaded_bytes = memory.streamer.stats().loaded_bytes - before
         self._mappings = self._core.mappings
 
-    def _settle(self, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _run_until_settled(
+        self, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         for _ in range(_MOST_PASSES):
             settled, mappings = runner.settled, self._core.mappings
             runner.module(*args, **kwargs)

@@ -42,7 +42,7 @@ class Residency:
 
     def add(self, tenant: Tenant) -> None:
         """Take a model in."""
-        self._sharing.set_turns([tenant, *self._by_use()])
+        self._sharing.rank_evictions([tenant, *self._by_use()])
         self._tenants.append(tenant)
 
     def remove(self, tenant: Tenant) -> None:
@@ -98,7 +98,7 @@ class Residency:
     def _note_use(self, tenant: Tenant) -> None:
         self._uses += 1
         tenant.last_use = self._uses
-        self._sharing.set_turns(self._by_use())
+        self._sharing.rank_evictions(self._by_use())
 
     def prefetch(self, tenant: Tenant) -> None:
         """Begin to bring a model in, as far as there is room."""
@@ -125,14 +125,14 @@ class Residency:
             )
         for each in kept:
             each.kept += 1
-        self._sharing.set_turns(self._by_use())
+        self._sharing.rank_evictions(self._by_use())
         return kept
 
     def keep_no_more(self, kept: Sequence[Tenant]) -> None:
         """Take one `keep` back."""
         for each in kept:
             each.kept -= 1
-        self._sharing.set_turns(self._by_use())
+        self._sharing.rank_evictions(self._by_use())
         self.share_again()
 
     def reserve(self, tenant: Tenant, priority: Priority) -> None:
@@ -160,13 +160,13 @@ class Residency:
             tenant.reserved = None
             self.share_again()
             raise
-        self._sharing.set_turns(self._by_use())
+        self._sharing.rank_evictions(self._by_use())
 
     def release_reservation(self, tenant: Tenant) -> None:
         """Take `reserve` back, if it was."""
         if tenant.reserved is not None:
             tenant.reserved = None
-            self._sharing.set_turns(self._by_use())
+            self._sharing.rank_evictions(self._by_use())
             self.share_again()
 
     # ---- the cap -------------------------------------------------------------------------------

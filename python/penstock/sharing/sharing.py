@@ -4,7 +4,7 @@ A model that is about to be used needs its largest step, and could use all of it
 could use, idle models give pages up, in the order of the policy. With managed memory, the pager
 does the rest page by page. Frames are divided: each model in use gets what its largest step needs,
 and of the rest a part as large as its part of what all could use beyond that. A model that is being
-called gives back at once what no operation uses just then. For what the largest step needs, and
+called gives up at once what no operation uses just then. For what the largest step needs, and
 for that alone, models that are reserved as secondary give way too. What is protected stays.
 """
 
@@ -167,12 +167,12 @@ class Sharing:
             used=ledger.used,
         )
 
-    def set_turns(self, tenants: Sequence[Tenant]) -> None:
+    def rank_evictions(self, tenants: Sequence[Tenant]) -> None:
         """Tell the core in which order it may take pages from models, and from which it may not."""
         going = [each for each in self._going(tenants) if each.reserved is None]
-        turns = {id(each): turn for turn, each in enumerate(going)}
+        ranks = {id(each): rank for rank, each in enumerate(going)}
         for each in tenants:
-            each.runner.memory.set_turn(turns.get(id(each)))
+            each.runner.memory.set_eviction_rank(ranks.get(id(each)))
 
     def use_free_room(self, tenant: Tenant) -> bool:
         """Have an idle model use what no other has; return whether it can run in that."""
