@@ -21,10 +21,11 @@ from case_runs import CaseRuns, add_options, parse_options
 from generate_case import LOADERS, Options
 from generate_table import LEGEND, complaints, derive, label, outcome, table
 from penstock.bench.runner import Row
+from penstock.loading.host_tiers import available_host_bytes
 from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes, parse_bytes
 from report import say
-from room import host_room, weights_parent
+from room import weights_parent
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -63,8 +64,10 @@ def main() -> int:
         say(f"{format_bytes(nbytes)} written in {found['seconds']:.1f} s to {parent}")
         for name, cap in cases(options.only, caps):
             row: Row = {"case": name, "cap": cap}
-            if name != "resident" and host_room() < nbytes * 1.2:
-                row["unavailable"] = f"there are {format_bytes(host_room())} of host memory"
+            if name != "resident" and available_host_bytes() < nbytes * 1.2:
+                row["unavailable"] = (
+                    f"there are {format_bytes(available_host_bytes())} of host memory"
+                )
             else:
                 row |= runs.run(name, tell(told, name, cap, options.peer_tokens))
             derive(row, runs.rows)

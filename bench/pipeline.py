@@ -19,13 +19,14 @@ from typing import Any
 
 from case_runs import CaseRuns, add_options, parse_options
 from penstock.bench.runner import Row
+from penstock.loading.host_tiers import available_host_bytes
 from penstock.loading.skeleton import build_skeleton
 from penstock.sizes import format_bytes, parse_bytes
 from pipeline_models import SMALL, STAGES, Shape, builder
 from pipeline_subjects import LOADERS, Options, nbytes_of
 from pipeline_table import LEGEND, case_table, complaints, derive, outcome, stage_table
 from report import say
-from room import host_room, weights_parent
+from room import weights_parent
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -43,7 +44,8 @@ def main() -> int:
     found: dict[str, Any] = {"cap": cap, "weight_bytes": nbytes}
     runs = CaseRuns("pipeline_case.py", options, found)
     say(f"{', '.join(f'{stage} {n / 1e9:.2f} GB' for stage, n in nbytes.items())}")
-    say(f"cap {format_bytes(cap)}, {options.steps} steps, host room {format_bytes(host_room())}")
+    room = format_bytes(available_host_bytes())
+    say(f"cap {format_bytes(cap)}, {options.steps} steps, host room {room}")
     parent = options.directory or weights_parent(total)
     small_pages = options.quick and options.device == "cpu"  # a GPU's frames are 2 MiB at least
     with tempfile.TemporaryDirectory(prefix="penstock-pipeline-", dir=parent) as directory:
@@ -65,10 +67,10 @@ def main() -> int:
         for name in options.only:
             row: Row = {"case": name}
             needed = round(total * _HOST_SHARE.get(name, 1.1)) + (0 if options.quick else _SPARE)
-            if host_room() < needed:
+            if available_host_bytes() < needed:
                 row["unavailable"] = (
                     f"it may take {format_bytes(needed)} of host memory, and there are "
-                    f"{format_bytes(host_room())}"
+                    f"{format_bytes(available_host_bytes())}"
                 )
             elif name == "penstock-hard-cap" and options.quick and options.device != "cpu":
                 row["unavailable"] = "a cap for tiny modules has no room for a CUDA context"

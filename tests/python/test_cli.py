@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 import penstock
 from penstock import _core
 from penstock.cli import demo, main
+from penstock.cli.output import print_table
 from python.support import MIB
 
 needs_model = pytest.mark.skipif(
@@ -160,6 +164,58 @@ def test_doctor_fails_where_nothing_can_page(
     assert str(missing) in found["auto"]["reason"]
     assert shell.run("doctor") == 1
     assert "PENSTOCK_SPILL_DIR" in shell.out
+
+
+def test_doctor_says_that_there_is_no_gpu_instead_of_blaming_the_driver(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "built_with_cuda", lambda: True)
+    monkeypatch.setattr(_core, "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(_core, "no_cuda_reason", lambda: "CUDA driver version is insufficient")
+    monkeypatch.setattr("penstock.cli.doctor._exists", lambda pattern: False)
+    found = shell.json("doctor")
+    assert "no NVIDIA GPU" in found["auto"]["reason"]
+    assert found["auto"]["pager"] == "managed"
+    assert shell.run("doctor") == 0
+    assert "insufficient" not in shell.out
+    monkeypatch.setattr("penstock.cli.doctor._exists", lambda pattern: True)
+    assert "insufficient" in shell.json("doctor")["no_cuda_reason"]
+
+
+def test_doctor_picks_what_a_manager_takes(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"device": "cuda:0", "name": "G", "no_managed_reason": "no UVM", "frames": True}
+    monkeypatch.setattr(_core, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr("penstock.cli.doctor._gpu", lambda ordinal: gpu)
+    found = shell.json("doctor")
+    assert found["ok"] is True
+    assert (found["auto"]["device"], found["auto"]["pager"]) == ("cuda:0", "frames")
+    monkeypatch.undo()
+    if _core.cuda_device_count() == 0:
+        manager = penstock.MemoryManager(cap="1MiB")
+        assert manager.stats().pager == shell.json("doctor")["auto"]["pager"]
+
+
+# ---- terminals and pipes -----------------------------------------------------------------------
+
+
+def test_pipes_have_whole_lines_and_no_frames(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "penstock", "inspect", str(checkpoint)]
+    env = {**os.environ, "COLUMNS": "20"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    first, *rows = done.stdout.splitlines()
+    assert first.split() == ["tensor", "dtype", "shape", "size"]
+    assert rows[0].split() == ["big", "BF16", "512", "x", "512", "512.00", "KiB"]
+
+
+@pytest.mark.parametrize("width", [30, 200])
+def test_names_are_never_cut_on_terminals(width: int) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    print_table(console, ("tensor", "size"), [(name, "1 bytes"), ("b", "2 bytes")])
+    shown = screen.getvalue()
+    assert name in shown.replace("\n", "")
+    assert ("size: 1 bytes" in shown) == (width == 30)
 
 
 # ---- inspect -----------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from penstock import _core
 from penstock.cli import bench, demo, doctor, inspect
+from penstock.cli.output import open_console
 from penstock.cli.settings_options import add_settings
 from penstock.errors import PenstockError
 from penstock.sizes import parse_bytes
@@ -36,16 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
-    # No markup: names of tensors and texts of users are printed as they are.
-    console = Console(stderr=options.json, markup=False, emoji=False)
+    console = open_console(stderr=options.json)
     try:
         found = options.run(options, console)
     except (PenstockError, OSError, ValueError) as error:
         if options.json:
             print(json.dumps({"error": str(error), "type": type(error).__name__}))
         else:
-            errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-            errors.print(f"penstock: {error}", style="red")
+            open_console(stderr=True).print(f"penstock: {error}", style="red", highlight=False)
         return 1
     if options.json:
         print(json.dumps(found, indent=2))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from penstock.cli.output import print_table
 from penstock.cli.settings_options import settings_of
 from penstock.manager.manager import MemoryManager
 from penstock.optional_packages import require_transformers
@@ -123,21 +123,19 @@ class _SystemPeak(threading.Thread):
 
 def _print(found: dict[str, Any], console: Console) -> None:
     console.print(found["query"], style="bold", highlight=False)
-    ranking = Table("score", "sentence")
-    for row in found["ranking"]:
-        ranking.add_row(f"{row['score']:.3f}", row["sentence"])
-    console.print(ranking)
-
-    facts = Table(show_header=False)
-    facts.add_row("model", "all-MiniLM-L6-v2, float32")
-    facts.add_row("device", f"{found['device']}, {found['pager']} pager")
-    facts.add_row("weights", format_bytes(found["weights_bytes"]))
-    facts.add_row("cap", format_bytes(found["cap_bytes"]))
-    facts.add_row("peak by the ledger", format_bytes(found["peak_bytes"]))
+    ranking = [(f"{row['score']:.3f}", row["sentence"]) for row in found["ranking"]]
+    print_table(console, ("score", "sentence"), ranking)
+    facts = [
+        ("model", "all-MiniLM-L6-v2, float32"),
+        ("device", f"{found['device']}, {found['pager']} pager"),
+        ("weights", format_bytes(found["weights_bytes"])),
+        ("cap", format_bytes(found["cap_bytes"])),
+        ("peak by the ledger", format_bytes(found["peak_bytes"])),
+    ]
     if found["system_peak_bytes"] is not None:
-        facts.add_row("peak by the system", format_bytes(found["system_peak_bytes"]))
-    facts.add_row("moved in", format_bytes(found["loaded_bytes"]))
-    facts.add_row("evicted", format_bytes(found["evicted_bytes"]))
+        facts.append(("peak by the system", format_bytes(found["system_peak_bytes"])))
+    facts.append(("moved in", format_bytes(found["loaded_bytes"])))
+    facts.append(("evicted", format_bytes(found["evicted_bytes"])))
     same = "all equal" if found["bit_identical"] else "NOT EQUAL"
-    facts.add_row("against the unpaged model", f"{found['bits_compared']:,} bits, {same}")
-    console.print(facts)
+    facts.append(("against the unpaged model", f"{found['bits_compared']:,} bits, {same}"))
+    print_table(console, ("", ""), facts, head=False)

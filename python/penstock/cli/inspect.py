@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from penstock.checkpoint import open_checkpoint
+from penstock.cli.output import print_table
 from penstock.sizes import format_bytes
 
 __all__ = ["run"]
@@ -48,14 +48,19 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any], console: Console, shown: int) -> None:
-    table = Table("tensor", "dtype", "shape", "size")
-    for tensor in found["tensors"][:shown]:
-        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
-        table.add_row(tensor["name"], tensor["dtype"], shape, format_bytes(tensor["nbytes"]))
+    rows = [
+        (
+            tensor["name"],
+            tensor["dtype"],
+            " x ".join(map(str, tensor["shape"])) or "scalar",
+            format_bytes(tensor["nbytes"]),
+        )
+        for tensor in found["tensors"][:shown]
+    ]
     left = found["tensor_count"] - shown
     if left > 0:
-        table.add_row(f"... {left} smaller ones (--all lists them)", "", "", "")
-    console.print(table)
+        rows.append((f"... {left} smaller ones (--all lists them)", "", "", ""))
+    print_table(console, ("tensor", "dtype", "shape", "size"), rows)
     dtypes = ", ".join(f"{code} {format_bytes(n)}" for code, n in found["bytes_by_dtype"].items())
     console.print(
         f"{found['tensor_count']} tensors in {len(found['files'])} files, "

@@ -15,7 +15,7 @@ from penstock.memory.pager import Pager
 from penstock.report.progress import Progress
 from penstock.sizes import format_bytes
 
-__all__ = ["HOST_TIERS", "open_tier", "require_budget"]
+__all__ = ["HOST_TIERS", "available_host_bytes", "open_tier", "require_budget"]
 
 HOST_TIERS = ("auto", "pinned", "mapped", "stream")
 
@@ -142,14 +142,27 @@ def _fill(
     return tier
 
 
-def available_host_bytes() -> int:
-    """Return how much host memory can be taken: the system's, within the control group's limit."""
+def available_host_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how much host memory can be taken: the system's, within the control group's limit.
+
+    The page cache of files counts as free, as it does for the system: it goes when memory is asked
+    for. Pages of it that are mapped and in use do not.
+
+    Parameters
+    ----------
+    group
+        Where the control group's files are (kernel.org, admin-guide/cgroup-v2, memory).
+    """
     available = _core.open_device("cpu").memory_info().free_bytes
-    group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            available = min(available, int(limit) - int((group / "memory.current").read_text()))
+            lines = (group / "memory.stat").read_text().splitlines()
+            stat = {name: int(value) for name, value in (line.split() for line in lines)}
+            cached = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+            cached = max(0, cached - stat.get("file_mapped", 0) - stat.get("file_dirty", 0))
+            used = int((group / "memory.current").read_text()) - cached
+            available = min(available, int(limit) - used)
     except (OSError, ValueError):  # no such control group here
         pass
     return max(0, available)
