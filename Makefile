@@ -57,7 +57,7 @@ bench: $(VENV)/build.done ## Build and run the C++ microbenchmarks
 gpu-check: $(VENV)/package.done $(VENV)/checks.done ## Test and measure on a CUDA GPU
 	@tools/need-package GTest libgtest-dev
 	@tools/need-package benchmark libbenchmark-dev
-	@PYTHON=python bench/gpu_check.sh
+	@PYTHON=python bench/gpu_check/gpu_check.sh
 
 fuzz: $(VENV)/package.done $(VENV)/checks.done ## Feed the checkpoint reader broken files
 	@python tests/fuzz/fuzz_header.py --seconds $(FUZZ_SECONDS)

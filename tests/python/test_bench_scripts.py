@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     file = directory / "found.json"
-    command = [sys.executable, str(BENCH / script), "--quick", "--device", "cpu", *arguments]
+    command = [sys.executable, "-m", f"bench.{script}", "--quick", "--device", "cpu", *arguments]
     done = subprocess.run(
         [*command, "--directory", str(directory), "--json", str(file)],
         capture_output=True,
@@ -25,6 +25,7 @@ def run(script: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], 
         timeout=400,
         check=False,
         # threads that wait for each other on a busy machine
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,7 +34,7 @@ def run(script: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], 
 
 
 def test_pipeline(tmp_path: Path) -> None:
-    found, out = run("pipeline.py", tmp_path)
+    found, out = run("pipeline", tmp_path)
     rows = {row["case"]: row for row in found["rows"]}
     weights = sum(found["weight_bytes"].values())
     assert found["broken"] == []
@@ -61,7 +62,7 @@ def test_pipeline(tmp_path: Path) -> None:
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
 def test_generate(tmp_path: Path) -> None:
-    found, out = run("generate.py", tmp_path, "--tokens", "6")
+    found, out = run("generate", tmp_path, "--tokens", "6")
     rows = {(row["case"], row["cap"]): row for row in found["rows"]}
     assert found["broken"] == []
     assert "accelerate places on a GPU" in out

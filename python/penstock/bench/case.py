@@ -7,10 +7,8 @@ the reason.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from penstock.bench import memory, reads
+from penstock.bench.case_report import report
 from penstock.bench.compare import compare, save_reference
 from penstock.bench.measure import (
     balanced_prompt,
@@ -35,7 +34,6 @@ from penstock.bench.ours import load_penstock
 from penstock.bench.peers import load_accelerate, load_diffusers, load_resident
 from penstock.bench.subject import Loader, Subject, UnavailableError
 from penstock.bench.triple_buffer import load_triple_buffer
-from penstock.errors import PenstockError
 from penstock.optional_packages import require_transformers
 
 __all__ = ["main", "measure"]
@@ -217,17 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("kind", choices=sorted(LOADERS))
     parser.add_argument("--options", required=True, type=CaseOptions.from_json, metavar="JSON")
     options = parser.parse_args(arguments)
-    code = 0
-    try:
-        found = measure(options.kind, options.options)
-    except UnavailableError as error:
-        found = {"unavailable": str(error)}
-    except (PenstockError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-        code = 1
-    sys.stdout.write(json.dumps(found, default=str) + "\n")
-    return code
+    return report(lambda: measure(options.kind, options.options))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from penstock.bench.cases import Case
@@ -74,13 +75,17 @@ def run_case(kind: str, options: CaseOptions, time_limit: float) -> dict[str, An
     return run_for_json(command, time_limit)
 
 
-def run_for_json(command: Sequence[str], time_limit: float) -> dict[str, Any]:
+def run_for_json(
+    command: Sequence[str], time_limit: float, *, directory: Path | None = None
+) -> dict[str, Any]:
     """Run a command whose last line is a JSON object; return that, or `failed` with the reason.
 
     Parameters
     ----------
     time_limit
         Seconds after which the command is ended, with all that it has started.
+    directory
+        In which it runs; the current one if omitted.
     """
     process = subprocess.Popen(
         command,
@@ -88,6 +93,7 @@ def run_for_json(command: Sequence[str], time_limit: float) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        cwd=directory,
     )
     try:
         out, err = process.communicate(timeout=time_limit)

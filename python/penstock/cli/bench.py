@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,10 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from penstock import _core
 from penstock.bench.cases import Case, Sizes, catalogue, select
 from penstock.bench.claims import claim_lines, judge
-from penstock.bench.measure import link_rate
+from penstock.bench.machine import describe_machine
 from penstock.bench.models import llama_config, write_checkpoint
 from penstock.bench.options import CaseOptions
 from penstock.bench.runner import Row, run_cases
@@ -216,28 +212,3 @@ def _long_prompt(text: str) -> int | None:
     if not text.isdigit() or int(text) == 0:
         raise ValueError(f'--long-prompt is "auto", "none" or a number of tokens, not {text!r}')
     return int(text)
-
-
-def describe_machine(device: torch.device, link_bytes: int) -> dict[str, Any]:
-    """Say what the figures are from."""
-    rate = link_rate(device, link_bytes)
-    name, driver = "CPU", "-"
-    if device.type == "cuda":
-        name, driver = torch.cuda.get_device_name(device), _driver_version()
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "penstock": _core.__version__,
-        "python": platform.python_version(),
-        "pinned link": f"{rate / 1e9:.1f} GB/s" if rate else "not measured",
-    }
-
-
-def _driver_version() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "?"
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.split("\n")[0].strip() or "?"

@@ -1,6 +1,6 @@
 """A video pipeline of four stages under a cap: Penstock beside plain PyTorch and diffusers.
 
-    python bench/pipeline.py [--quick] [--only penstock,group-leaf] [--json FILE]
+    python -m bench.pipeline [--quick] [--only penstock,group-leaf] [--json FILE]
 
 A text encoder of 5B parameters, a denoiser of 14B and two upscalers, with random weights in bf16,
 run under a cap of 24 GiB, each way in a process of its own, one after the other. The bits of every
@@ -17,16 +17,16 @@ import sys
 import tempfile
 from typing import Any
 
-from case_runs import CaseRuns, add_options, parse_options
+from bench.harness.case_runs import CaseRuns, add_options, parse_options
+from bench.harness.report import say
+from bench.harness.weights_place import weights_parent
+from bench.pipeline.models import SMALL, STAGES, Shape, builder
+from bench.pipeline.subjects import LOADERS, Options, nbytes_of
+from bench.pipeline.table import LEGEND, case_table, complaints, derive, outcome, stage_table
 from penstock.bench.runner import Row
 from penstock.loading.host_tiers import available_host_bytes
 from penstock.loading.skeleton import build_skeleton
 from penstock.sizes import format_bytes, parse_bytes
-from pipeline_models import SMALL, STAGES, Shape, builder
-from pipeline_subjects import LOADERS, Options, nbytes_of
-from pipeline_table import LEGEND, case_table, complaints, derive, outcome, stage_table
-from report import say
-from room import weights_parent
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -42,7 +42,7 @@ def main() -> int:
     total = sum(nbytes.values())
     cap = cap or max(1, round(total * 0.55))
     found: dict[str, Any] = {"cap": cap, "weight_bytes": nbytes}
-    runs = CaseRuns("pipeline_case.py", options, found)
+    runs = CaseRuns("bench.pipeline.case", options, found)
     say(f"{', '.join(f'{stage} {n / 1e9:.2f} GB' for stage, n in nbytes.items())}")
     room = format_bytes(available_host_bytes())
     say(f"cap {format_bytes(cap)}, {options.steps} steps, host room {room}")

@@ -1,4 +1,4 @@
-"""One case of the pipeline in this process: `python bench/pipeline_case.py NAME --options JSON`.
+"""One case of the pipeline in this process: `python -m bench.pipeline.case NAME --options JSON`.
 
 The last line of the output is one JSON value. The case `weights` writes the weights.
 """
@@ -18,16 +18,17 @@ from typing import Any
 import torch
 
 import penstock
-from case_process import report, warm_device
+from bench.harness.case_process import warm_device
+from bench.harness.random_weights import random_block, write_weights
+from bench.pipeline.models import STAGES, Shape, builder
+from bench.pipeline.subjects import LOADERS, Module, Options, Subject, load_resident
 from penstock.bench import memory
+from penstock.bench.case_report import report
 from penstock.bench.compare import compare, save_reference
+from penstock.bench.machine import describe_machine
 from penstock.bench.measure import link_rate, synchronize
 from penstock.bench.subject import UnavailableError
-from penstock.cli.bench import describe_machine
 from penstock.loading.skeleton import build_skeleton
-from pipeline_models import STAGES, Shape, builder
-from pipeline_subjects import LOADERS, Module, Options, Subject, load_resident
-from random_weights import random_block, write_weights
 
 _GUIDANCE = 3.0
 _WATCH_SECONDS = 0.02

@@ -1,4 +1,4 @@
-"""One case of text generation in this process: `python bench/generate_case.py NAME --options JSON`.
+"""One case of text generation in this process: `python -m bench.generate.case NAME --options JSON`.
 
 The last line of the output is one JSON value. The case `weights` writes the weights.
 """
@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import penstock
-from case_process import figures_of, report, warm_device
+from bench.harness.case_process import figures_of, warm_device
+from bench.harness.random_weights import random_block, write_weights
 from penstock.bench import memory
+from penstock.bench.case_report import report
+from penstock.bench.machine import describe_machine
 from penstock.bench.measure import link_rate, synchronize
 from penstock.bench.models import build, llama_config, resident_model
 from penstock.bench.subject import UnavailableError
-from penstock.cli.bench import describe_machine
 from penstock.loading.skeleton import build_skeleton
-from random_weights import random_block, write_weights
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from bench.harness.report import say, write_json
 from penstock.bench.runner import Row, run_for_json
 from penstock.bench.table import reason_of
-from report import say, write_json
 
 __all__ = ["CaseRuns", "add_options", "parse_options"]
 
@@ -44,10 +44,19 @@ def add_options(
     add("--quick", action="store_true", help=quick)
     add("--device", default="auto", help='"auto", "cpu" or "cuda"')
     add("--only", default=",".join(chosen), help=f"cases: {', '.join(cases)}")
-    add("--directory", type=Path, help="where the weights are written; default: /dev/shm, or /tmp")
+    add(
+        "--directory",
+        type=_absolute,
+        help="where the weights are written; default: /dev/shm, or /tmp",
+    )
     add("--time-limit", type=float, default=case, help=f"seconds for a case; default: {case}")
     add("--total-limit", type=float, default=total, help=f"seconds for all; default: {total}")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
+
+
+def _absolute(text: str) -> Path:
+    """Read a path; cases run in another directory."""
+    return Path(text).resolve()
 
 
 def parse_options(parser: argparse.ArgumentParser, cases: Collection[str]) -> argparse.Namespace:
@@ -62,21 +71,24 @@ def parse_options(parser: argparse.ArgumentParser, cases: Collection[str]) -> ar
     return options
 
 
+_ROOT = Path(__file__).resolve().parents[2]  # where `bench` is found
+
+
 class CaseRuns:
-    """Runs of one script's cases.
+    """Runs of one benchmark's cases.
 
     Parameters
     ----------
-    script
-        Takes the name of a case and `--options`, and prints its figures as JSON.
+    module
+        Run as a script, it takes a case and `--options`, and prints its figures as JSON.
     options
         Of `parse_options`.
     found
         Where rows go; it is written after each of them.
     """
 
-    def __init__(self, script: str, options: argparse.Namespace, found: dict[str, Any]) -> None:
-        self._script = Path(__file__).with_name(script)
+    def __init__(self, module: str, options: argparse.Namespace, found: dict[str, Any]) -> None:
+        self._module = module
         self._options = options
         self._deadline = time.monotonic() + options.total_limit
         self.found = found
@@ -87,8 +99,8 @@ class CaseRuns:
         left = min(self._options.time_limit, self._deadline - time.monotonic())
         if left <= 0:
             return {"unavailable": "there was no time left"}
-        command = [sys.executable, str(self._script), name, "--options", json.dumps(asdict(told))]
-        return run_for_json(command, left)
+        command = [sys.executable, "-m", self._module, name, "--options", json.dumps(asdict(told))]
+        return run_for_json(command, left, directory=_ROOT)
 
     def write_weights(self, told: Any) -> bool:  # noqa: ANN401
         """Have the weights written, and tell of the machine; return whether they are there."""

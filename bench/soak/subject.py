@@ -1,4 +1,4 @@
-"""The work of `soak.py`: `python soak_subject.py cap|fraction BYTES SECONDS SEED FILE`.
+"""The work of the soak: `python -m bench.soak.subject cap|fraction BYTES SECONDS SEED FILE`.
 
 Threads that allocate, multiply, convolve, attend, capture graphs, run models that stream, and ask
 for all there is until they are refused. What is in memory is compared with what was put there.
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 import penstock
-from penstock.cap.process import current_cap
-from soak_work import (
+from bench.soak.work import (
     Work,
     attention,
     compiled,
@@ -34,6 +33,7 @@ from soak_work import (
     models,
     tensors,
 )
+from penstock.cap.process import current_cap
 
 MIB = 1 << 20
 TENSOR_THREADS = 8

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import penstock
+from bench.gpu_check.unified_memory_counters import Counters
 from penstock import _core
 from penstock.bench.models import build, llama_config, resident_model, write_checkpoint
 from penstock.sizes import format_bytes, parse_bytes
-from unified_memory_counters import Counters
 
 GIB = 1 << 30
 PROMPT = 16

@@ -1,36 +1,14 @@
-"""What the processes of cases share: how they begin, and how they say what they found."""
+"""What the processes of cases share: how they begin, and what they ask a manager."""
 
 from __future__ import annotations
 
-import json
-import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from penstock.bench.measure import synchronize
-from penstock.bench.subject import UnavailableError
 from penstock.manager.manager import MemoryManager
-
-
-def report(work: Callable[[], dict[str, Any]]) -> int:
-    """Print what a function returns as one line of JSON, or why it does not; return the exit code.
-
-    `penstock.bench.runner.run_for_json` reads that line.
-    """
-    code = 0
-    try:
-        found = work()
-    except UnavailableError as error:
-        found = {"unavailable": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-        code = 1
-    print(json.dumps(found, default=str), flush=True)
-    return code
 
 
 def figures_of(manager: MemoryManager, name: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bench.harness.report import number, percent, rate, size
 from penstock.bench.runner import Row
 from penstock.bench.table import align, reason_of
 from penstock.sizes import format_bytes
-from report import number, percent, rate, size
 
 
 def derive(row: Row, rows: list[Row]) -> None:

@@ -1,6 +1,6 @@
 """Text generation under caps: Penstock beside plain PyTorch and accelerate.
 
-    python bench/generate.py [--quick] [--caps 4GiB,8GiB,12GiB] [--json FILE]
+    python -m bench.generate [--quick] [--caps 4GiB,8GiB,12GiB] [--json FILE]
 
 A model of the shape of Llama-3-8B with random weights in bf16 (16 GB), which generates greedily
 from a prompt of 16 tokens, under each cap in a process of its own. Tokens are compared with those
@@ -17,15 +17,15 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from case_runs import CaseRuns, add_options, parse_options
-from generate_case import LOADERS, Options
-from generate_table import LEGEND, complaints, derive, label, outcome, table
+from bench.generate.case import LOADERS, Options
+from bench.generate.table import LEGEND, complaints, derive, label, outcome, table
+from bench.harness.case_runs import CaseRuns, add_options, parse_options
+from bench.harness.report import say
+from bench.harness.weights_place import weights_parent
 from penstock.bench.runner import Row
 from penstock.loading.host_tiers import available_host_bytes
 from penstock.optional_packages import require_transformers
 from penstock.sizes import format_bytes, parse_bytes
-from report import say
-from room import weights_parent
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -44,7 +44,7 @@ def main() -> int:
     shape["layers"] = options.layers or shape["layers"]
     caps = options.caps or (_SMALL_CAPS if options.quick else _FULL_CAPS)
     found: dict[str, Any] = {"shape": shape, "caps": caps}
-    runs = CaseRuns("generate_case.py", options, found)
+    runs = CaseRuns("bench.generate.case", options, found)
     parent = options.directory or weights_parent(0 if options.quick else 17 * GIB)
     with tempfile.TemporaryDirectory(prefix="penstock-generate-", dir=parent) as directory:
         told = Options(

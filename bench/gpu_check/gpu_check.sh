@@ -3,7 +3,7 @@
 # Uses the Python that holds a CUDA build of torch (PYTHON=python3), with transformers, safetensors,
 # pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis in it. Nothing is downloaded.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 out=${GPU_CHECK_OUT:-gpu-check}
 site=$PWD/build/gpu-site
@@ -34,9 +34,9 @@ part compile cmake --build --preset release
 part cpp-tests ctest --preset release --no-tests=error -j 8
 part gpu-tests "$python" -m pytest -q --require-gpu tests/gpu -p no:cacheprovider
 tail -n 3 "$out/gpu-tests.log"
-part model "$python" bench/gpu_check.py --json "$out/model.json"
+part model "$python" -m bench.gpu_check --json "$out/model.json"
 cat "$out/model.log"
-part allocator "$python" bench/allocator.py --json "$out/allocator.json"
+part allocator "$python" -m bench.allocator --json "$out/allocator.json"
 cat "$out/allocator.log"
 part bench-quick "$python" -m penstock bench --quick --json "$out/bench-quick.json"
 cat "$out/bench-quick.log"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import penstock
-from case_process import figures_of
+from bench.harness.case_process import figures_of
+from bench.pipeline.models import STAGES, Shape, builder
 from penstock.bench.memory import torch_pinned_bytes
 from penstock.bench.subject import UnavailableError
 from penstock.loading.skeleton import build_skeleton
-from pipeline_models import STAGES, Shape, builder
 
 Module = Callable[..., torch.Tensor]
 

@@ -1,6 +1,6 @@
 """Torch's own allocator against a hard cap's, on recorded traces of allocations.
 
-    python bench/allocator.py [--json FILE]
+    python -m bench.allocator [--json FILE]
 
 One process records what real models ask for under torch's allocator, and replays it there; another
 replays it under a hard cap. Times are of replaying alone, so that the ratio is of the allocators
@@ -171,7 +171,14 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         for mode in ("native", "hard cap"):
-            command = [sys.executable, __file__, "--child", mode, f"{directory}/traces.json"]
+            command = [
+                sys.executable,
+                "-m",
+                "bench.allocator",
+                "--child",
+                mode,
+                f"{directory}/traces.json",
+            ]
             ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[mode] = json.loads(ran.stdout.splitlines()[-1])
     print(f"{'trace':16} {'requests':>9} {'native':>10} {'hard cap':>10} {'time':>6} {'memory':>7}")

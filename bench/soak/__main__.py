@@ -1,9 +1,9 @@
 """Varied work under a cap, for minutes, while another process watches what the driver says.
 
-    python bench/soak.py [--mode cap|fraction|two] [--seconds 480] [--cap GIB] [--json FILE]
+    python -m bench.soak [--mode cap|fraction|two] [--seconds 480] [--cap GIB] [--json FILE]
 
 This process never uses CUDA: it samples NVML's figure of the device, before, while and after the
-work of `soak_subject.py` runs in processes of its own, and judges. Nobody else may use the device
+work of `bench.soak.subject` runs in processes of its own, and judges. Nobody else may use it
 meanwhile. `cap` is one process under `penstock.set_cap`; `two` is two of them at once; `fraction`
 is the same work under `torch.cuda.set_per_process_memory_fraction`, to show what that leaves out.
 Exit status 1 where a claim fails, 2 where it could not be judged.
@@ -118,7 +118,8 @@ def run_subjects(options: argparse.Namespace, caps: list[int]) -> list[dict[str,
                 sys.executable,
                 "-X",
                 "faulthandler",
-                str(Path(__file__).with_name("soak_subject.py")),
+                "-m",
+                "bench.soak.subject",
                 "fraction" if options.mode == "fraction" else "cap",
                 str(cap),
                 str(options.seconds),

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from bench.harness.report import number, percent, rate, size
 from penstock.bench.runner import Row
 from penstock.bench.table import align, reason_of
-from report import number, percent, rate, size
 
 _OURS = ("penstock", "penstock-hard-cap")
 
