@@ -7,7 +7,6 @@ made by diffusers as always.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import nn
 
 from penstock.errors import CheckpointError, ModelError
 from penstock.integrations import transformers as transformers_front_end
+from penstock.integrations.json_file import read_json_object
 from penstock.integrations.transformers_class import refuse_quantized
 from penstock.loading.deferred import defer, source_of
 from penstock.loading.skeleton import build_skeleton
@@ -116,7 +116,7 @@ def register(
         "a pipeline of diffusers", "diffusers", "diffusers", "transformers"
     )
     path = Path(directory)
-    index = _read_index(path)
+    index = read_json_object(path / _INDEX, what="index of a pipeline", who="a pipeline's")
     pipeline_class = _pipeline_class(diffusers, index, path)
     parts: dict[str, nn.Module] = {}
     try:
@@ -152,25 +152,6 @@ def manager_of(pipeline: DiffusionPipeline) -> MemoryManager | None:
     """Return the manager of a pipeline's parts; None where it was loaded without one."""
     manager = getattr(pipeline, "_penstock_manager", None)
     return manager if isinstance(manager, MemoryManager) else None
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    file = path / _INDEX
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} has no {_INDEX}: pass the directory that a pipeline's save_pretrained wrote, "
-            "or that it was downloaded to, not a file or the name of a repository",
-            path=file,
-        )
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is not JSON ({error}): download it again", path=file
-        ) from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{file} is no index of a pipeline: download it again", path=file)
-    return index
 
 
 def _pipeline_class(diffusers: Any, index: dict[str, Any], path: Path) -> Any:  # noqa: ANN401

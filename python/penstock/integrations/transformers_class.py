@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import CheckpointError
+from penstock.integrations.json_file import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,20 +28,7 @@ def find_config(
         If there is none, it is broken, its weights are quantized, or its kind is unknown.
     """
     file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} has no config.json: pass the directory that save_pretrained wrote, or that "
-            "the model was downloaded to, not a file or the name of a repository",
-            path=file,
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is not JSON ({error}): download it again", path=file
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no configuration: download it again", path=file)
+    content = read_json_object(file, what="configuration", who="a model's")
     refuse_quantized(content.get("quantization_config"), file)
     try:
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
