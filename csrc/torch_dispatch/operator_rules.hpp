@@ -1,7 +1,7 @@
 // What schemas do not say about operators, by name. Everything here was found by reading the
 // schemas of all operators of torch 2.13, and by running torch's own samples of its operators on
 // memory that faults when it is read or written without having been held
-// (tests/python/test_torch_dispatch.py has a part of that).
+// (tests/python/dispatch/test_torch_dispatch.py has a part of that).
 #pragma once
 
 #include <string_view>

@@ -30,8 +30,8 @@ from fuzz.mutate import mutate_bytes, mutate_file, mutate_json
 from penstock.checkpoint import open_checkpoint
 from penstock.errors import CheckpointError
 from python import oracle
-from python.checkpoint_files import VALID, entry, index, pack
-from python.malformed import BLOBS
+from python.checkpoint.checkpoint_files import VALID, entry, index, pack
+from python.checkpoint.malformed import BLOBS
 
 Mutation = Callable[[Random, bytes], bytes]
 # Values in messages: they may be cut short, which ends them with dots.

@@ -27,7 +27,7 @@ def check_cap(others):
 def cache():
     """Keys and values are counted, as activations, and leave when they are let go of."""
     from penstock.integrations import transformers as front_end
-    from python.transformers_zoo import kinds, save
+    from python.integrations.transformers_zoo import kinds, save
 
     penstock.set_cap(2 * GIB, page_size="2MiB")
     others = held_by_others(current_cap("cuda"))
@@ -57,7 +57,7 @@ def cache():
 def pipelines():
     """Pipelines draw what they draw in ordinary memory, all of it under one cap."""
     from penstock.integrations import diffusers as front_end
-    from python.diffusers_zoo import KINDS, draw, make
+    from python.integrations.diffusers_zoo import KINDS, draw, make
 
     penstock.set_cap(3 * GIB, page_size="2MiB")
     others = held_by_others(current_cap("cuda"))

@@ -15,7 +15,7 @@ try:
 except penstock.PenstockError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-from python.transformers_zoo import kinds, save  # noqa: E402  transformers is there
+from python.integrations.transformers_zoo import kinds, save  # noqa: E402  transformers is there
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,7 +107,7 @@ PIPELINES = {"sdxl": 3, "flux": 3, "wan": 2, "ltx": 2}
 def test_images_are_those_of_the_pipeline_in_ordinary_memory(name, tmp_path):
     pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
     from penstock.integrations import diffusers as pipelines
-    from python.diffusers_zoo import draw, make, modules
+    from python.integrations.diffusers_zoo import draw, make, modules
 
     plain = make(name)
     plain.save_pretrained(tmp_path)

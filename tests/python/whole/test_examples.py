@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TRIED = ("custom_kernel", "embeddings", "own_module", "text_generation", "video_pipeline")
 
 

@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers", reason="pip install 'penstock[diffu
 transformers = pytest.importorskip("transformers")
 front_end = pytest.importorskip("penstock.integrations.diffusers")
 
-from python.diffusers_zoo import KINDS, draw, make, modules  # noqa: E402  diffusers is there
+from python.integrations.diffusers_zoo import KINDS, draw, make, modules  # noqa: E402  diffusers is there
 
 pytestmark = [  # diffusers' own
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -693,7 +693,7 @@ pair.end()
 
 
 def test_a_forked_child_may_neither_read_nor_write(pager: str) -> None:
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     run_python(f"import sys; sys.path.insert(0, {tests!r}){FORKED.format(pager=pager)}")
 
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from python.checkpoint_files import Case, Content, entry, index, pack
+from python.checkpoint.checkpoint_files import Case, Content, entry, index, pack
 
 SHARD = pack({"a": entry()}, bytes(4))
 OTHER = pack({"b": entry()}, bytes(4))

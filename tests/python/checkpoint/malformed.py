@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from python.checkpoint_files import ONE, Case, entry, pack
-from python.malformed_places import INDEXES, PLACES
+from python.checkpoint.checkpoint_files import ONE, Case, entry, pack
+from python.checkpoint.malformed_places import INDEXES, PLACES
 
 
 def blob(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from penstock.checkpoint import Checkpoint, open_checkpoint
 from penstock.errors import CheckpointError
-from python.checkpoint_files import ONE, entry, pack
+from python.checkpoint.checkpoint_files import ONE, entry, pack
 
 try:
     import safetensors

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from penstock.checkpoint import open_checkpoint
 from penstock.checkpoint.dtypes import DTYPES
 from penstock.errors import CheckpointError
-from python.checkpoint_files import VALID, Case, entry, pack
-from python.malformed import BLOBS
-from python.oracle import STRICTER, disagreement, extent_fault
+from python.checkpoint.checkpoint_files import VALID, Case, entry, pack
+from python.checkpoint.malformed import BLOBS
+from python.checkpoint.oracle import STRICTER, disagreement, extent_fault
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("case", BLOBS, ids=lambda case: case.name)

@@ -16,8 +16,8 @@ import pytest
 
 from penstock.checkpoint import Checkpoint, open_checkpoint, read_header
 from penstock.errors import CheckpointError
-from python.checkpoint_files import VALID, Case, entry, index, pack
-from python.malformed import CASES
+from python.checkpoint.checkpoint_files import VALID, Case, entry, index, pack
+from python.checkpoint.malformed import CASES
 
 
 @pytest.fixture(autouse=True)

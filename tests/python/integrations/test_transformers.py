@@ -17,7 +17,7 @@ from python.support import KIB, PAGERS, same_bits, state_of
 transformers = pytest.importorskip("transformers")
 front_end = pytest.importorskip("penstock.integrations.transformers")
 
-from python.transformers_zoo import IDS, kinds, save  # noqa: E402  transformers is there
+from python.integrations.transformers_zoo import IDS, kinds, save  # noqa: E402  transformers is there
 
 PAGE = 64 * KIB
 KINDS = kinds()
