@@ -3,10 +3,12 @@
 #
 #   PYTHON        interpreter for .venv, 3.10 or newer; else the first suitable one of PATH
 #   TORCH         what pip is to install as torch; else tools/get-torch decides
+#   ROOM          what `make test` checks: a room of python/penstock; all of them if empty
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, FUZZ_SECONDS     passed on
 
 PYTHON ?=
 TORCH ?=
+ROOM ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -28,7 +30,7 @@ SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint cpp-test asan tsan bench gpu-check fuzz rooms clean FORCE
+.PHONY: help demo test test-all lint cpp-test asan tsan bench gpu-check fuzz rooms clean FORCE
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,13 +39,16 @@ demo: $(VENV)/package.done $(VENV)/demo.done ## Run a real model under a cap and
 	@penstock demo $(DEMO_ARGS)
 
 test: $(VENV)/package.done $(VENV)/checks.done $(VENV)/demo.done ## Run the checks, the C++ tests and the Python tests
-	@tools/test $(PYTEST_ARGS)
+	@ROOM=$(ROOM) tools/test $(PYTEST_ARGS)
+
+test-all: $(VENV)/package.done $(VENV)/checks.done $(VENV)/demo.done ## The same, with all of torch's modules and optimizers, not a sample
+	@tools/test --all-modules $(PYTEST_ARGS)
 
 lint: $(VENV)/package.done $(VENV)/checks.done ## Check form and types of all sources
 	@tools/lint
 
-cpp-test: $(VENV)/build.done ## Run the C++ tests
-	@tools/cpp-test dev
+cpp-test: $(VENV)/package.done ## Run the C++ tests
+	@tools/cpp-test package
 
 asan: $(VENV)/build.done ## Run the C++ tests under the address and undefined behaviour sanitizers
 	@tools/cpp-test asan
@@ -88,13 +93,13 @@ $(VENV)/constraints.txt: $(VENV)/torch.wanted constraints.txt tools/get-torch
 
 $(VENV)/package.done: $(VENV)/build.done $(VENV)/constraints.txt $(SOURCES)
 	@echo 'Building and installing the package'
-	@$(PIP_INSTALL) -c $(VENV)/constraints.txt --no-build-isolation .
+	@$(PIP_INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -C cmake.define.PENSTOCK_WERROR=ON .
 	@touch $@
 
 $(VENV)/checks.done: $(VENV)/constraints.txt
 	@echo 'Installing tools for tests and checks'
 	@$(PIP_INSTALL) -c $(VENV)/constraints.txt \
-	  clang-format hypothesis mypy pytest ruff transformers
+	  clang-format hypothesis mypy pytest pytest-xdist ruff transformers
 	@touch $@
 
 # The model's package asks for sentence-transformers, which nothing here uses.
