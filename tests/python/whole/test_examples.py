@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+from penstock.report.stats import ManagerStats, MemoryStats, ModelStats, PassFigures
+
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES = ROOT / "examples"
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 TRIED = ("custom_kernel", "embeddings", "own_module", "text_generation", "video_pipeline")
 
 
@@ -78,3 +84,29 @@ def test_custom_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert ": near: True" in out
     assert "afterwards the same bits: True" in out
+
+
+# ---- docs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_what_tutorials_say_runs_as_it_stands(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    if not blocks:
+        pytest.skip("all of it needs a GPU or large models")
+    code = "\n".join(blocks)
+    monkeypatch.chdir(tmp_path)
+    if "path/to/model" in code:
+        small_model(tmp_path / "path" / "to" / "model", "llama")
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+
+
+def test_every_figure_of_the_report_is_explained() -> None:
+    text = (ROOT / "docs" / "report.md").read_text()
+    for kind in (ManagerStats, ModelStats, MemoryStats, PassFigures):
+        for field in fields(kind):
+            assert re.search(rf"`[^`]*\b{field.name}\b[^`]*`", text), (
+                f"{kind.__name__}.{field.name}"
+            )
