@@ -5,7 +5,7 @@
 
 The order of the rooms is drawn in CONTRIBUTING.md; a room may import those to its right. Arrows are
 all imports and includes, those for types alone too. With --check, ends with 1 where an arrow points
-to the left, rooms or modules go in a circle, or a file is too long.
+to the left, rooms or modules go in a circle, a file is too long, or a class keeps too much.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CSRC = ROOT / "csrc"
 FACE = "penstock"  # the package's own __init__: the public names
 GROUND = "ground"  # modules that lie beside the rooms
 LONGEST = {"python": 400, "csrc": 450}  # lines of a file
+WIDEST = 12  # attributes of a class that changes
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
@@ -153,6 +154,24 @@ def imported(module: str, files: Mapping[str, Path]) -> Iterable[str]:
                 yield name
 
 
+def widths(files: Mapping[str, Path]) -> dict[str, int]:
+    """Count the attributes that each class sets on itself; frozen records set none."""
+    found = {}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                stored = {
+                    each.attr
+                    for each in ast.walk(node)
+                    if isinstance(each, ast.Attribute)
+                    and isinstance(each.ctx, ast.Store)
+                    and isinstance(each.value, ast.Name)
+                    and each.value.id == "self"
+                }
+                found[f"{module}.{node.name}"] = len(stored)
+    return found
+
+
 def csrc_house() -> House:
     """Read the core."""
     paths = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".hpp", ".cpp", ".cu")]
@@ -169,6 +188,12 @@ def report(house: House) -> list[str]:
     arrows = house.room_arrows()
     loops = [*circles(arrows), *circles(house.arrows)]
     upward, too_long = house.upward(), house.too_long()
+    wide = {}
+    if house.name == "python":
+        counts = widths(house.files)
+        wide = {name: count for name, count in counts.items() if count > WIDEST}
+        widest = max(counts, key=lambda name: counts[name])
+        print(f"the class with most attributes: {widest}, {counts[widest]}")
     unknown = sorted(set(house.room_of.values()) - set(house.rooms()))
     count = sum(map(len, arrows.values()))
     longest = max(house.files.values(), key=length)
@@ -188,6 +213,7 @@ def report(house: House) -> list[str]:
         *(f"in a circle: {', '.join(sorted(loop))}" for loop in loops),
         *(f"points upward: {arrow}" for arrow in upward),
         *(f"too long: {name}" for name in too_long),
+        *(f"too many attributes: {name} ({count})" for name, count in wide.items()),
         *(f"not drawn in CONTRIBUTING.md: {room}" for room in unknown),
     ]
 

@@ -153,6 +153,7 @@ def test_arrows_point_one_way_and_files_are_short(name: str) -> None:
     assert found.upward() == []
     assert rooms.circles(found.room_arrows()) == rooms.circles(found.arrows) == []
     assert found.too_long() == []
+    assert rooms.report(found) == []
 
 
 def test_arrows_are_found_wherever_an_import_stands(tmp_path: Path) -> None:
@@ -190,3 +191,12 @@ def test_each_room_opens_with_prose_on_what_it_may_import() -> None:
         for word in ("ay import", "hread"):
             assert word in " ".join(prose.split()), f"{folder.name}: imports, threads"
     assert {folder.name for folder in folders} == set(found.rooms()) - {"penstock", "ground"}
+
+
+def test_what_newcomers_are_told_is_there() -> None:
+    text = (ROOT / "docs" / "finding-your-way.md").read_text()
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)+)`", text)
+    assert len(named) > 10
+    for name in named:
+        places = [ROOT / name, PACKAGE / name, PACKAGE / f"{name}.py"]
+        assert any(place.exists() for place in places), name
