@@ -92,6 +92,7 @@ void bind_pager(py::module_& module) {
 
   py::class_<ManagedPager, std::shared_ptr<ManagedPager>> pager(
       module, "ManagedPager", "Decides which pages are resident, under a budget. Thread-safe.");
+  pager.attr("batches_in_ring") = ManagedPager::kBatchesInRing;
   pager.attr("largest_batch") = ManagedPager::kLargestBatch;
   pager
       .def(py::init(&ManagedPager::create), py::arg("device"), py::arg("budget"),

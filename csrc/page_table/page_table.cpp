@@ -44,14 +44,28 @@ PageTable::VictimKey PageTable::key(PageIndex page) const {
   return {each.kept, passes_through ? 0 : ~each.next_use, each.last_use, ~page};
 }
 
+void PageTable::count_in(PageIndex index) {
+  const Page& page = pages_[index];
+  if (evictable(page)) victims_.insert(key(index));
+  ++counts_[slot(page.state)];
+  if (page.kept && page.state == PageState::kResident) ++kept_resident_;
+  if (!page.kept && page.pins > 0) ++pinned_passing_;
+}
+
+void PageTable::count_out(PageIndex index) {
+  const Page& page = pages_[index];
+  if (evictable(page)) victims_.erase(key(index));
+  --counts_[slot(page.state)];
+  if (page.kept && page.state == PageState::kResident) --kept_resident_;
+  if (!page.kept && page.pins > 0) --pinned_passing_;
+}
+
 template <typename Change>
 void PageTable::change(PageIndex index, Change apply) {
   Page& page = pages_.at(index);
-  if (evictable(page)) victims_.erase(key(index));
-  --counts_[slot(page.state)];
+  count_out(index);
   apply(page);
-  ++counts_[slot(page.state)];
-  if (evictable(page)) victims_.insert(key(index));
+  count_in(index);
 }
 
 void PageTable::move(PageIndex page, PageState from, PageState to) {
@@ -86,7 +100,10 @@ void PageTable::cancel_evict(PageIndex page) {
 }
 
 void PageTable::pin(PageIndex page) {
-  change(page, [](Page& p) { ++p.pins; });
+  change(page, [this](Page& p) {
+    ++p.pins;
+    p.pinned_at = now_;
+  });
 }
 
 void PageTable::unpin(PageIndex page) {
@@ -100,22 +117,21 @@ void PageTable::touch(PageIndex page) {
 
 void PageTable::keep(const std::vector<PageIndex>& pages) {
   for (const PageIndex page : pages) static_cast<void>(pages_.at(page));
-  victims_.clear();  // the keys of all pages change
+  // The keys of all pages change, also those of pages that are kept as before.
+  for (std::size_t i = 0; i < pages_.size(); ++i) count_out(static_cast<PageIndex>(i));
   for (Page& page : pages_) page.kept = false;
   kept_count_ = 0;
   for (const PageIndex page : pages) {
     if (!pages_[page].kept) ++kept_count_;
     pages_[page].kept = true;
   }
-  for (std::size_t i = 0; i < pages_.size(); ++i) {
-    const auto page = static_cast<PageIndex>(i);
-    if (evictable(pages_[page])) victims_.insert(key(page));
-  }
+  for (std::size_t i = 0; i < pages_.size(); ++i) count_in(static_cast<PageIndex>(i));
 }
 
 void PageTable::set_schedule(std::vector<std::vector<PageIndex>> steps) {
   schedule_ = Schedule(pages_.size(), std::move(steps));
   now_ = 0;
+  for (Page& page : pages_) page.pinned_at = kNever;
   for (std::size_t i = 0; i < pages_.size(); ++i) {
     const auto page = static_cast<PageIndex>(i);
     change(page, [&](Page& p) { p.next_use = schedule_.next_use(page, now_); });
@@ -131,6 +147,11 @@ void PageTable::advance(StepIndex step) {
     }
   }
   now_ = target;
+}
+
+StepTime PageTable::use_to_come(PageIndex page) const {
+  const bool before = now_ == 0 || pages_.at(page).pinned_at == now_;
+  return schedule_.next_use(page, before ? now_ : now_ - 1);
 }
 
 std::vector<PageIndex> PageTable::victims(std::size_t limit, StepTime after) const {

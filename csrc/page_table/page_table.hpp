@@ -62,6 +62,10 @@ class PageTable {
   void keep(const std::vector<PageIndex>& pages);
   bool kept(PageIndex page) const { return pages_.at(page).kept; }
   std::size_t kept_count() const noexcept { return kept_count_; }
+  /// Kept pages that are not resident.
+  std::size_t kept_missing() const noexcept { return kept_count_ - kept_resident_; }
+  /// Pages that are pinned and not kept.
+  std::size_t pinned_passing() const noexcept { return pinned_passing_; }
 
   /// Replaces the schedule; its first step is the next to run.
   void set_schedule(std::vector<std::vector<PageIndex>> steps);
@@ -70,6 +74,8 @@ class PageTable {
   const Schedule& schedule() const noexcept { return schedule_; }
   StepTime now() const noexcept { return now_; }
   StepTime next_use(PageIndex page) const { return pages_.at(page).next_use; }
+  /// The next use, that by the step that has come included: it may not have pinned the page yet.
+  StepTime use_to_come(PageIndex page) const;
 
   /// Up to `limit` pages to evict, in order, all of them used later than `after` and not kept.
   /// @param after  0 to admit every victim, the kept ones too.
@@ -81,6 +87,7 @@ class PageTable {
     std::uint32_t pins = 0;
     std::uint64_t last_use = 0;
     StepTime next_use = kNever;
+    StepTime pinned_at = kNever;
     bool kept = false;
   };
   // Ascending order of this key is the order in which victims go: whether the page is kept, its
@@ -92,7 +99,10 @@ class PageTable {
     return page.state == PageState::kResident && page.pins == 0;
   }
   void move(PageIndex page, PageState from, PageState to);
-  /// Changes a page, keeping `victims_` and `counts_` true.
+  /// Takes a page into what is known of all pages together, or out of it.
+  void count_in(PageIndex page);
+  void count_out(PageIndex page);
+  /// Changes a page, keeping that true.
   template <typename Change>
   void change(PageIndex index, Change apply);
 
@@ -100,6 +110,8 @@ class PageTable {
   std::vector<std::size_t> counts_;
   std::set<VictimKey> victims_;
   std::size_t kept_count_ = 0;
+  std::size_t kept_resident_ = 0;
+  std::size_t pinned_passing_ = 0;
   Schedule schedule_;
   StepTime now_ = 0;
   std::uint64_t uses_ = 0;

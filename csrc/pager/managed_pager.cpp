@@ -305,7 +305,6 @@ void ManagedPager::set_schedule(ManagedRegion& region, std::vector<std::vector<P
   require_own(region);
   const std::lock_guard lock(mutex_);
   region.table_.set_schedule(std::move(steps));
-  region.find_largest_step();
 }
 
 void ManagedPager::advance(ManagedRegion& region, StepIndex step) {
@@ -331,7 +330,6 @@ void ManagedPager::keep(ManagedRegion& region, const std::vector<PageIndex>& wan
   const std::vector<PageIndex> pages = own_pages(region, wanted);
   const std::lock_guard lock(mutex_);
   region.table_.keep(pages);
-  region.find_largest_step();
 }
 
 std::vector<bool> ManagedPager::staying(const ManagedRegion& region) const {

@@ -73,6 +73,9 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   /// Bytes that are loaded at once, at most. Two at a time move 0.88 of the link's rate or more;
   /// one at a time 0.71 to 0.89, 0.91 in GiB, which need as much room, a third by pages.
   static constexpr std::size_t kLargestBatch = std::size_t{128} << 20;
+  /// Batches in the room that pages pass through: two on their way, one that is read, one that is
+  /// evicted.
+  static constexpr std::size_t kBatchesInRing = 4;
 
   /// @param page_size  Bytes of a page; a power of two, at least 4096.
   static std::shared_ptr<ManagedPager> create(std::shared_ptr<Device> device,
@@ -199,8 +202,6 @@ class ManagedPager : public std::enable_shared_from_this<ManagedPager> {
   // With mutex_ held.
   /// @param asked  Pages that count as asked for ahead until then.
   Hold hold(ManagedRegion& region, std::vector<PageIndex> asked = {});
-  /// The next use of a page, that by the step that has come included: it may not be pinned yet.
-  StepTime use_to_come(const ManagedRegion& region, PageIndex page) const;
   /// When the last of `pages` is used next; pages that are pinned are used now.
   StepTime time_wanted(const ManagedRegion& region, const std::vector<PageIndex>& pages) const;
   struct Missing {

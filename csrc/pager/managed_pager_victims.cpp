@@ -15,8 +15,6 @@ namespace penstock {
 
 namespace {
 
-constexpr std::size_t kBatchesInRoom = 6;
-
 // Whether the work of events is over, asking the device as little as can be: where an event of a
 // stream is not over, a later one is not either.
 class Done {
@@ -40,16 +38,12 @@ class Done {
 
 }  // namespace
 
-StepTime ManagedPager::use_to_come(const ManagedRegion& region, PageIndex page) const {
-  const PageTable& table = region.table_;
-  return table.schedule().next_use(page, std::max<StepTime>(table.now(), 1) - 1);
-}
-
 StepTime ManagedPager::time_wanted(const ManagedRegion& region,
                                    const std::vector<PageIndex>& pages) const {
-  StepTime time = std::max<StepTime>(region.table_.now(), 1);
+  const PageTable& table = region.table_;
+  StepTime time = std::max<StepTime>(table.now(), 1);
   for (const PageIndex page : pages) {
-    if (region.table_.pins(page) == 0) time = std::max(time, use_to_come(region, page));
+    if (table.pins(page) == 0) time = std::max(time, table.use_to_come(page));
   }
   return time;
 }
@@ -80,7 +74,7 @@ std::vector<PageIndex> ManagedPager::victims_of(const ManagedRegion& region, std
     std::vector<PageIndex> pages = table.victims(limit, after);
     if (after == 0) return pages;
     // The step that has come may not have pinned its pages yet: its use of them is still to come.
-    const auto used = [&](PageIndex page) { return use_to_come(region, page) <= table.now(); };
+    const auto used = [&](PageIndex page) { return table.use_to_come(page) <= table.now(); };
     pages.erase(std::remove_if(pages.begin(), pages.end(), used), pages.end());
     return pages;
   };
@@ -138,33 +132,28 @@ std::vector<ManagedPager::Victims> ManagedPager::choose_victims(ManagedRegion& w
 }
 
 AheadSizes ManagedPager::sizes_of(const ManagedRegion& region) const {
+  const PageTable& table = region.table_;
   const std::size_t largest = std::max<std::size_t>(kLargestBatch / page_size_, 1);
-  const std::size_t kept = region.table_.kept_count();
+  const std::size_t kept = table.kept_count();
   if (kept == 0) {
     const std::size_t window = std::max<std::size_t>(budget_->cap() / page_size_ / 2, 1);
-    return {std::clamp<std::size_t>(window / kBatchesInRoom, 1, largest), window};
+    return {std::clamp<std::size_t>(window / kBatchesInRing, 1, largest), window};
   }
   const BudgetStats ledger = budget_->stats();
   std::size_t others = ledger.used - ledger.used_by_tag[static_cast<std::size_t>(Tag::kWeights)];
   for (const ManagedRegion* each : regions_) {
     if (each == &region || !each->active_) continue;
-    const PageTable& table = each->table_;
-    others += (table.page_count() - table.count(PageState::kAbsent)) * page_size_;
+    others += (each->page_count() - each->table_.count(PageState::kAbsent)) * page_size_;
   }
   const std::size_t usable = (ledger.cap - std::min(others, ledger.cap)) / page_size_;
   const std::size_t room = usable - std::min(kept, usable);  // for pages that pass through
-  const std::size_t batch = std::clamp<std::size_t>(room / kBatchesInRoom, 1, largest);
-  // Beside what is ahead: the pages of the step that runs, and a batch that is being evicted. The
-  // last batch is asked for below the window, and ends beyond it.
-  const std::size_t taken = std::max(batch, region.largest_step_) + batch - 1;
+  const std::size_t batch = std::clamp<std::size_t>(room / kBatchesInRing, 1, largest);
+  // Beside what is ahead: what is in use. The last batch is asked for below the window, and ends
+  // beyond it; it may be a little larger.
+  const std::size_t taken = table.pinned_passing() + batch + batch / 8 - 1;
   const std::size_t window = room > taken ? room - taken : 1;
   // What stays takes none of that room, and is asked for ahead until it is there.
-  std::size_t missing = 0;
-  for (std::size_t i = 0; i < region.page_count(); ++i) {
-    const auto page = static_cast<PageIndex>(i);
-    if (region.table_.kept(page) && region.table_.state(page) != PageState::kResident) ++missing;
-  }
-  return {batch, window + std::min(missing, usable)};
+  return {batch, window + std::min(table.kept_missing(), usable)};
 }
 
 CapExceededError ManagedPager::refusal(const ManagedRegion& region, std::size_t nbytes) const {

@@ -102,17 +102,6 @@ void ManagedRegion::keep(const std::vector<PageIndex>& pages) {
   pager_->keep(*this, pages);
 }
 
-void ManagedRegion::find_largest_step() {
-  largest_step_ = 0;
-  const Schedule& schedule = table_.schedule();
-  for (std::size_t step = 0; step < schedule.step_count(); ++step) {
-    const auto& pages = schedule.pages_of(static_cast<StepIndex>(step));
-    const auto passing = std::count_if(pages.begin(), pages.end(),
-                                       [&](PageIndex page) { return !table_.kept(page); });
-    largest_step_ = std::max(largest_step_, static_cast<std::size_t>(passing));
-  }
-}
-
 RegionStats ManagedRegion::stats() const {
   return pager_->region_stats(*this);
 }

@@ -63,8 +63,6 @@ class ManagedRegion : public Region, public FillTarget {
     std::vector<std::pair<void*, Event>> readers;  // the last use on each stream
   };
 
-  void find_largest_step();
-
   ManagedRegion(std::shared_ptr<ManagedPager> pager, std::shared_ptr<Device> device,
                 std::size_t nbytes, std::size_t page_size, Access access);
 
@@ -77,7 +75,6 @@ class ManagedRegion : public Region, public FillTarget {
   std::vector<PageEvents> events_;
   std::vector<std::uint32_t> asked_;       // by page: unfinished requests to load it ahead
   std::vector<PageIndex> strays_;          // absent pages that are being dropped; ascending
-  std::size_t largest_step_ = 0;           // most pages that pass through for one step
   std::atomic<bool> sealed_{false};        // set by the pager's load thread
   bool room_asked_ = false;                // whether the evict thread is to make room ahead
   std::size_t pending_ = 0;                // requests the pager's threads have not finished

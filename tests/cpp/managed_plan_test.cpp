@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "error/error.hpp"
@@ -151,10 +152,18 @@ struct PlannedPasses {
     streamer.end_pass(stream);
   }
 
+  /// Pages loaded, and misses, since the last call.
+  std::pair<std::uint64_t, std::uint64_t> since() {
+    const StreamerStats now = streamer.stats();
+    const StreamerStats then = std::exchange(last, now);
+    return {(now.loaded_bytes - then.loaded_bytes) / kPage, now.misses - then.misses};
+  }
+
   PagerSetup setup;
   std::shared_ptr<ManagedRegion> region;
   Bytes bytes;
   Streamer streamer;
+  StreamerStats last;
   Steps steps;
   std::atomic<int> wrong{0};
 };
@@ -186,15 +195,12 @@ TEST(ManagedPlan, PassMovesWhatIsNotKeptAndMissesNothing) {
       PlannedPasses passes(each.cap, each.count, each.each, each.kept);
       const OwnedStream stream(passes.setup.device);
       const auto run_passes = [&](int count) {
-        const StreamerStats before = passes.streamer.stats();
         for (int pass = 0; pass < count; ++pass) {
           passes.run(own_stream ? stream.get() : kCaller);
           passes.setup.device->stream_synchronize(stream.get());
           passes.setup.pager->synchronize();
         }
-        const StreamerStats after = passes.streamer.stats();
-        return std::pair((after.loaded_bytes - before.loaded_bytes) / kPage,
-                         after.misses - before.misses);
+        return passes.since();
       };
       run_passes(2);
       const auto [loads, misses] = run_passes(8);
@@ -241,24 +247,66 @@ TEST(ManagedPlan, LookAheadTakesWhatIsNotKeptAndNotUsedByOthers) {
   PagerSetup setup(40);
   const auto region = setup.reserve(100);
   EXPECT_EQ(region->ahead_window(), 20U);  // no plan
-  EXPECT_EQ(region->ahead_batch(), 3U);
+  EXPECT_EQ(region->ahead_batch(), 5U);
   region->set_schedule(one_page_each(100));
   region->keep(pages_between(0, 20));
-  EXPECT_EQ(region->ahead_batch(), 3U);
-  EXPECT_EQ(region->ahead_window(), 20U - 3U - 3U + 1U + 20U);  // with those kept, to be loaded
-  region->set_schedule({pages_between(0, 29), {50}});           // of the first, 9 pass through
-  EXPECT_EQ(region->ahead_window(), 20U - 9U - 3U + 1U + 20U);
+  EXPECT_EQ(region->ahead_batch(), 5U);
+  EXPECT_EQ(region->ahead_window(), 20U - 5U + 1U + 20U);  // with those kept, to be loaded
   setup.budget->charge(Tag::kActivations, 4 * kPage);
-  EXPECT_EQ(region->ahead_batch(), 2U);
+  EXPECT_EQ(region->ahead_batch(), 4U);
   setup.budget->release(Tag::kActivations, 4 * kPage);
   const auto other = setup.reserve(8);
   run_step(*setup.pager, *other, pages_between(0, 8));
-  EXPECT_EQ(region->ahead_batch(), 3U);
+  EXPECT_EQ(region->ahead_batch(), 5U);
   setup.pager->set_active(*other, true);
-  EXPECT_EQ(region->ahead_batch(), 2U);
+  EXPECT_EQ(region->ahead_batch(), 3U);
   region->keep(pages_between(0, 90));  // more than there is room for
   EXPECT_EQ(region->ahead_batch(), 1U);
   EXPECT_EQ(region->ahead_window(), 1U + 32U);
+}
+
+TEST(ManagedPlan, LookAheadLeavesRoomForWhatIsInUseAndNoMore) {
+  PagerSetup setup(40);
+  const auto region = setup.reserve(100);
+  region->set_schedule({pages_between(0, 30), {50}, pages_between(60, 72)});
+  region->keep(pages_between(0, 20));
+  setup.pager->prefetch(*region, pages_between(0, 20), kCaller);
+  EXPECT_EQ(region->ahead_window(), 20U - 5U + 1U);
+  setup.pager->advance(*region, 0);
+  setup.pager->begin(*region, pages_between(0, 30), kCaller);  // ten of them pass through
+  EXPECT_EQ(region->ahead_window(), 20U - 10U - 5U + 1U);
+  setup.pager->end(*region, pages_between(0, 30), kCaller);
+  EXPECT_EQ(region->ahead_window(), 20U - 5U + 1U);
+  region->keep(pages_between(0, 25));
+  EXPECT_EQ(region->ahead_window(), 15U - 3U + 1U);  // all that is kept is there
+  setup.pager->evict(*region, {0, 1});
+  EXPECT_EQ(region->ahead_window(), 15U - 3U + 1U + 2U);
+}
+
+TEST(ManagedPlan, PagesOfAStepThatHasEndedGoBeforeTheNextBegins) {
+  PagerSetup setup(4);
+  const auto region = setup.reserve(8);
+  region->set_schedule({{0, 1}, {2, 3}, {4, 5}});
+  region->keep({7});
+  setup.pager->prefetch(*region, {7}, kCaller);
+  setup.pager->advance(*region, 0);
+  run_step(*setup.pager, *region, {0, 1});
+  setup.pager->prefetch_ahead(*region, {2, 3});
+  setup.pager->synchronize();
+  EXPECT_TRUE(region->settled({2, 3, 7}, {}));
+  EXPECT_EQ(setup.pager->stats().ahead_declined, 0U);
+}
+
+TEST(ManagedPlan, StepsThatTakeMostOfTheRingMissNothing) {
+  // Beside what is kept there is room for one step and a batch.
+  PlannedPasses passes(26, 64, 16, every(64, 8, 8));  // fourteen of each step pass through
+  for (int pass = 0; pass < 6; ++pass) {
+    passes.run(kCaller);
+    passes.setup.pager->synchronize();
+    if (pass == 1) static_cast<void>(passes.since());
+  }
+  EXPECT_EQ(passes.since(), (std::pair<std::uint64_t, std::uint64_t>{4 * (64 - 8), 0}));
+  EXPECT_EQ(passes.wrong, 0);
 }
 
 // ---- evictions beside loads --------------------------------------------------------------------

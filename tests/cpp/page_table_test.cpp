@@ -251,6 +251,24 @@ TEST(PageTable, LookAheadTakesNeitherKeptPagesNorThoseThatAreUsedSooner) {
   EXPECT_EQ(table.victims(6, kNever), Pages{});
 }
 
+TEST(PageTable, UseByTheStepThatHasComeIsToComeUntilThePageIsPinned) {
+  PageTable table(2);
+  EXPECT_EQ(table.use_to_come(0), kNever);
+  table.set_schedule({{0}, {1}, {0}});
+  EXPECT_EQ(table.use_to_come(0), 1U);
+  table.advance(0);
+  EXPECT_EQ(table.use_to_come(0), 1U);
+  table.pin(0);
+  EXPECT_EQ(table.use_to_come(0), 3U);
+  table.unpin(0);
+  EXPECT_EQ(table.use_to_come(0), 3U);
+  table.advance(2);
+  EXPECT_EQ(table.use_to_come(0), 3U);
+  table.set_schedule({{1}, {0}});  // times begin anew
+  table.advance(1);
+  EXPECT_EQ(table.use_to_come(0), 2U);
+}
+
 TEST(PageTable, KeptPageStaysKeptWhenItIsGone) {
   PageTable table(2);
   table.keep({0});
@@ -291,6 +309,11 @@ class Reference {
     return std::any_of(pages_.begin(), pages_.end(), [](const Page& page) { return page.kept; });
   }
 
+  template <typename Is>
+  std::size_t count(Is is) const {
+    return static_cast<std::size_t>(std::count_if(pages_.begin(), pages_.end(), is));
+  }
+
   Pages victims(std::size_t limit, StepTime after) const {
     Pages all;
     for (PageIndex page = 0; page < pages_.size(); ++page) {
@@ -312,7 +335,14 @@ class Reference {
   }
 };
 
-TEST(PageTable, VictimsAgreeWithTheReferenceOnRandomHistories) {
+constexpr auto kIsMissing = [](const Reference::Page& each) {
+  return each.kept && each.state != PageState::kResident;
+};
+constexpr auto kPassesInUse = [](const Reference::Page& each) {
+  return !each.kept && each.pins > 0;
+};
+
+TEST(PageTable, AgreesWithTheReferenceOnRandomHistories) {
   for (unsigned seed = 0; seed < 60; ++seed) {
     std::mt19937 random(seed);
     const std::size_t page_count = 1 + random() % 12;
@@ -373,6 +403,8 @@ TEST(PageTable, VictimsAgreeWithTheReferenceOnRandomHistories) {
       const StepTime after = random() % 3 == 0 ? reference.now_ + random() % 6 : 0;
       ASSERT_EQ(table.victims(limit, after), reference.victims(limit, after)) << "seed " << seed;
       ASSERT_EQ(table.next_use(page), reference.next_use(page)) << "seed " << seed;
+      ASSERT_EQ(table.kept_missing(), reference.count(kIsMissing)) << "seed " << seed;
+      ASSERT_EQ(table.pinned_passing(), reference.count(kPassesInUse)) << "seed " << seed;
     }
   }
 }

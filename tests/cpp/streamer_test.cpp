@@ -623,7 +623,7 @@ TEST(StreamerManaged, LoadsAheadAreTheRunsBetweenWhatStays) {
   for (std::size_t step = 10; step < steps.size(); step += 7) {
     steps[step].insert(steps[step].begin(), staying.front());  // as small tensors lie together
   }
-  PagerSetup setup(staying.size() + 6 * kBatch);
+  PagerSetup setup(staying.size() + ManagedPager::kBatchesInRing * kBatch);
   std::vector<std::pair<std::size_t, std::size_t>> loads;  // first page, count; by the load thread
   const auto region = setup.reserve(kPages);
   setup.spy->on_prefetch = [&](std::uintptr_t address, std::size_t nbytes, StreamHandle) {

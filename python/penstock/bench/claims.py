@@ -146,6 +146,17 @@ def _share_of_link(case: str, least: float) -> _Promise:
     return case, "bytes moved per second, of the link", verdict
 
 
+def _little_more_than_has_no_room(case: str, most: float) -> _Promise:
+    def verdict(rows: _Rows) -> _Verdict:
+        row = _streams(rows[case])
+        lacking = row["weight_bytes"] - row["options"]["cap"]
+        factor = row["moved_bytes"] / lacking
+        # Less than has no room cannot have been moved.
+        return f"{factor:.3f} x {format_bytes(lacking)}", f"1 to {most}", 0.99 <= factor <= most
+
+    return case, "bytes moved, of those that have no room under the cap", verdict
+
+
 def _in_ring(case: str, most: int) -> _Promise:
     def verdict(rows: _Rows) -> _Verdict:
         peak = rows[case]["own_figures"]["peak"]
@@ -304,6 +315,8 @@ _PROMISES: Sequence[_Promise] = (
     _faster_than_the_limit("penstock-frames-ring"),
     _faster_per_byte("penstock-frames-ring"),
     _share_of_link("penstock-managed-ring", 0.85),
+    _share_of_link("penstock-managed-cap", 0.85),
+    _little_more_than_has_no_room("penstock-managed-cap", 1.09),
     _near_bound("penstock-frames-cap", 1.03),
     _cap_in_use("penstock-frames-cap", 0.95),
     _as_resident("penstock-frames-above", 1.01),

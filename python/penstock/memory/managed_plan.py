@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,11 +12,14 @@ from penstock.memory.page_rules import NO_RULES, PageRules
 
 __all__ = ["ManagedPlan", "plan_managed"]
 
-BATCH_BYTES = _core.ManagedPager.largest_batch
-"""What the pager loads at once; large ranges of unified memory move faster."""
+BATCHES = _core.ManagedPager.batches_in_ring
+"""What passes through does so in so many batches, each of which the pager loads at once."""
 
-BATCHES = 6
-"""In the ring: two are copied, two read, one evicted, and one is there for what does not fit."""
+LARGEST_BATCH = _core.ManagedPager.largest_batch
+"""In bytes."""
+
+CALL_BYTES = 5 << 20
+"""What the link could carry in the time that it loses between two loads."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class ManagedPlan:
     """Pages that the others pass through; 0 if all are kept."""
     bytes_per_pass: int
     seconds: float
-    """Of a pass; that of the copies at the link's rate, or of the compute if that takes longer."""
+    """Of a pass: that of its copies, or of its compute if that takes longer."""
 
 
 def plan_managed(
@@ -40,10 +44,11 @@ def plan_managed(
     seconds: Sequence[float] = (),
     rules: PageRules = NO_RULES,
 ) -> ManagedPlan:
-    """Choose the pages that stay.
+    """Choose the pages that stay: all that there is room for beside the ring.
 
     Large ranges move faster, so the pages that stay are runs of pages, with runs of about a batch
-    that pass between them, at even distances over the pass.
+    that pass between them, at even distances over the pass. Of a step that would fill the ring by
+    itself, more stay.
 
     Parameters
     ----------
@@ -54,38 +59,88 @@ def plan_managed(
     page_size
         Bytes of a page.
     link_rate
-        Bytes per second of copies.
+        Bytes per second of large copies.
     seconds
         Compute time of each step; empty if unknown.
     rules
         Pages that have to stay, and those that must not.
     """
-    keep, stream = set(rules.keep), set(rules.stream).difference(rules.keep)
+    pinned, streamed = set(rules.keep), set(rules.stream).difference(rules.keep)
     read = list(dict.fromkeys(page for step in steps for page in step))
     compute = sum(seconds)
-    stay = keep.union(read) - stream
-    if len(keep.union(read)) <= frames:
-        nbytes = len(stream.intersection(read)) * page_size
+    stay = pinned.union(read) - streamed
+    if len(pinned.union(read)) <= frames:
+        nbytes = len(streamed.intersection(read)) * page_size
         ring = frames - len(stay) if nbytes else 0
         seconds_of_pass = max(nbytes / link_rate, compute)
         return ManagedPlan(tuple(sorted(stay)), ring, nbytes, seconds_of_pass)
-    order = [page for page in read if page not in keep]
-    frames -= len(keep)
-    batch = max(1, BATCH_BYTES // page_size)
-    ring = min(BATCHES * batch, frames // 2)
-    largest = max(len(set(step) - keep) for step in steps)
-    ring = min(max(ring, largest + max(1, min(batch, ring // BATCHES))), frames)
-    count = frames - ring
-    loads = _loads(steps, ring, 1 - count / len(order))
-    kept: list[int] = []
-    for level in sorted({*loads.values()}, reverse=True):
-        pages = [page for page in order if loads[page] == level and page not in stream]
-        kept += _runs(pages, min(count - len(kept), len(pages)), batch)
-    passing = set(order).difference(kept)
-    nbytes = sum(loads[page] for page in passing) * page_size
-    return ManagedPlan(
-        tuple(sorted((*kept, *keep))), ring, nbytes, max(nbytes / link_rate, compute)
-    )
+    lacking = len(pinned.union(read)) - frames
+    frames -= len(pinned)
+    ring = max(1, min(_best_ring(lacking, page_size), frames * 3 // 4))
+    while True:
+        batch = max(1, ring // BATCHES)
+        loads = _loads(steps, ring, 1 - (frames - ring) / len(set(read) - pinned))
+        room = _Room(pinned, streamed, frames - ring, batch)
+        room.keep_of_large_steps(steps, loads, ring - batch)
+        room.keep(read, loads)
+        needed = max(len(set(step) - room.kept) for step in steps) + batch
+        if needed <= ring or ring == frames:
+            break
+        ring = min(needed, frames)
+    nbytes = sum(loads[page] for page in set(read) - room.kept) * page_size
+    copies = nbytes / link_rate * (1 + CALL_BYTES / (batch * page_size))
+    return ManagedPlan(tuple(sorted(room.kept)), ring, nbytes, max(copies, compute))
+
+
+def _best_ring(lacking: int, page_size: int) -> int:
+    """Return the pages of the ring by which a pass is shortest, where `lacking` have no room.
+
+    A pass moves these, and as many as the ring takes from those that could stay. The larger the
+    batches are, the less the link loses between them. So what is to be least is
+    (lacking + ring) * (1 + CALL_BYTES / batch).
+    """
+    best = math.isqrt(BATCHES * CALL_BYTES * lacking // page_size)
+    return min(best, BATCHES * LARGEST_BATCH // page_size)
+
+
+class _Room:
+    """Pages that stay: those that are pinned, and `left` more that may be chosen.
+
+    Parameters
+    ----------
+    pinned, streamed
+        Pages that have to stay, and those that must not.
+    batch
+        Of pages that pass between those that stay.
+    """
+
+    def __init__(self, pinned: set[int], streamed: set[int], left: int, batch: int) -> None:
+        self.kept = set(pinned)
+        self._streamed = streamed
+        self._left = left
+        self._batch = batch
+
+    def keep(self, pages: Iterable[int], loads: Mapping[int, int], most: int | None = None) -> None:
+        """Choose some of the pages, those first that a pass would load most often."""
+        most = self._left if most is None else min(most, self._left)
+        free = [page for page in pages if page not in self.kept and page not in self._streamed]
+        for level in sorted({loads[page] for page in free}, reverse=True):
+            same = [page for page in free if loads[page] == level]
+            chosen = _runs(same, min(most, len(same)), self._batch)
+            self.kept.update(chosen)
+            self._left -= len(chosen)
+            most -= len(chosen)
+
+    def keep_of_large_steps(
+        self, steps: Sequence[Sequence[int]], loads: Mapping[int, int], limit: int
+    ) -> None:
+        """Leave no step with more than `limit` pages that pass, or with as few more as can be."""
+        large = {frozenset(step) - self.kept: step for step in steps}
+        large = {pages: step for pages, step in large.items() if len(pages) > limit}
+        while sum(max(0, len(pages) - limit) for pages in large) > self._left:
+            limit += 1
+        for pages, step in large.items():
+            self.keep(dict.fromkeys(step), loads, max(0, len(pages - self.kept) - limit))
 
 
 def _loads(steps: Sequence[Sequence[int]], ring: int, share: float) -> dict[int, int]:

@@ -27,6 +27,7 @@ from python.support import MIB
 GIB = 1 << 30
 LINK = 50e9
 WEIGHTS = 8 * GIB
+LACKING = WEIGHTS - 4 * GIB  # of the cap
 SIZES = Sizes(
     ring=400 * MIB,
     peer=1280 * MIB,
@@ -256,6 +257,7 @@ def rows() -> dict[str, Row]:
         row("penstock-frames-ring", 1.01 * at_link, WEIGHTS),
         row("penstock-managed-ring", 1.15 * at_link, WEIGHTS),
         row("penstock-frames-cap", 0.51 * at_link, WEIGHTS // 2),
+        row("penstock-managed-cap", 0.6 * at_link, LACKING + LACKING // 16),
         row("penstock-frames-above", 0.01, 0),
         row("penstock-frames-long", 0.18, WEIGHTS),
         row("penstock-frames-peer", 0.8 * at_link, int(0.8 * WEIGHTS)),
@@ -316,6 +318,9 @@ def test_a_good_run_keeps_every_claim(rows: dict[str, Row]) -> None:
         ("diffusers-leaf", {"seconds": 1.0 * WEIGHTS / LINK}, 1),
         ("diffusers-leaf", {"seconds": 0.79 * WEIGHTS / LINK}, 2),
         ("penstock-managed-ring", {"seconds": 1.2 * WEIGHTS / LINK}, 1),
+        ("penstock-managed-cap", {"moved_bytes": LACKING * 11 // 10}, 1),
+        ("penstock-managed-cap", {"moved_bytes": 0}, 2),
+        ("penstock-managed-cap", {"seconds": 0.7 * WEIGHTS / LINK}, 1),
         ("penstock-frames-cap", {"seconds": 0.53 * WEIGHTS / LINK}, 1),
         ("penstock-frames-cap", {"vram_bytes": 4 * GIB}, 1),  # too little in use
         ("penstock-frames-cap", {"vram_bytes": 6 * GIB}, 1),  # above the cap
