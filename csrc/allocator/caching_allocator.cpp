@@ -277,7 +277,7 @@ std::vector<LiveBlock> CachingAllocator::largest_blocks(std::size_t count) const
 CapExceededError CachingAllocator::refusal(std::size_t requested) const {
   const BudgetStats ledger = pool_->budget().stats();
   const SideStats& all = parts_.stats.side(Side::kAll);
-  std::string text = "cannot allocate " + format_bytes(requested) + ": the cap is " +
+  std::string text = "Tried to allocate " + format_bytes(requested) + ": the cap is " +
                      format_bytes(ledger.cap) + " and " + format_bytes(ledger.used) + " are in use";
   for (std::size_t i = 0; i < kTagCount; ++i) {
     if (ledger.used_by_tag[i] == 0) continue;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "error/error.hpp"
+#include "error/format.hpp"
 #include "torch_allocator/registry.hpp"
 #include "torch_allocator/torch_allocator.hpp"
 
@@ -15,6 +16,8 @@ namespace penstock::torch_allocator {
 namespace {
 
 constexpr int kCudaOutOfMemory = 2;  // of cudaError_t and of CUresult
+// How torch's own message begins, up to the bytes: those who retry with less know it by that.
+constexpr const char* kOutOfMemory = "CUDA out of memory. ";
 
 [[noreturn]] void fail(const std::string& message) {
   if (const Thrower thrower = Registry::get().thrower.load()) thrower(message.c_str());
@@ -75,11 +78,14 @@ void* penstock_malloc(std::size_t size, int device, void* stream) {
     message = "device " + std::to_string(device) +
               " has no hard cap, and another one has: call penstock.set_cap for it too";
   } catch (const CapExceededError& error) {
-    message = error.what();
+    message = std::string(kOutOfMemory) + error.what();
     out_of_memory = true;
   } catch (const DeviceError& error) {
-    message = error.what();
     out_of_memory = error.code == kCudaOutOfMemory;
+    if (out_of_memory) {
+      message = std::string(kOutOfMemory) + "Tried to allocate " + format_bytes(size) + ": ";
+    }
+    message += error.what();
   } catch (const std::exception& error) {
     message = error.what();
   }

@@ -74,10 +74,34 @@ TEST_F(TorchAllocator, WhatTheThrowerThrowsReachesTheCaller) {
     take(5 * kFrame);
     FAIL() << "there is no room";
   } catch (const OutOfMemory& error) {
-    EXPECT_NE(std::string(error.what()).find("10.00 MiB"), std::string::npos) << error.what();
+    const std::string text = error.what();
+    EXPECT_EQ(text.rfind("CUDA out of memory. Tried to allocate 10.00 MiB", 0), 0U) << text;
+    EXPECT_NE(text.find("the cap is 8.00 MiB"), std::string::npos) << text;
   }
   torch_allocator::set_thrower([](const char*) {});  // one that does not throw
   EXPECT_THROW(take(5 * kFrame), std::runtime_error);
+}
+
+TEST_F(TorchAllocator, TheDeviceThatIsFullIsMemoryThatRanOutToo) {
+  struct FullDevice : HostDevice {
+    FrameHandle frame_create(std::size_t) override {
+      throw DeviceError("cuMemCreate", 2, "out of memory");
+    }
+  };
+  const auto budget = std::make_shared<Budget>(4 * kFrame);
+  const auto pool = FramePool::create(std::make_shared<FullDevice>(), budget, kFrame);
+  torch_allocator::install(kDevice + 1, CachingAllocator::create(pool));
+  torch_allocator::set_thrower(throw_out_of_memory);
+  try {
+    penstock_malloc(100, kDevice + 1, nullptr);
+    FAIL() << "the device is full";
+  } catch (const OutOfMemory& error) {
+    const std::string text = error.what();
+    EXPECT_EQ(text.rfind("CUDA out of memory. Tried to allocate 100 bytes", 0), 0U) << text;
+    EXPECT_NE(text.find("cuMemCreate"), std::string::npos) << text;
+  }
+  EXPECT_EQ(budget->stats().used, 0U);
+  torch_allocator::uninstall(kDevice + 1);
 }
 
 TEST_F(TorchAllocator, OtherErrorsAreNotTakenForMemoryThatRanOut) {

@@ -1,7 +1,9 @@
 """What happens in processes of their own, under a hard cap: `python hard_cap_scenes.py NAME`."""
 
 import gc
+import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -81,6 +83,7 @@ def figures():
             while True:
                 held.append(torch.empty((7 + attempt) * MIB, dtype=torch.uint8, device="cuda"))
         except torch.OutOfMemoryError as error:
+            assert str(error).startswith("CUDA out of memory. Tried to allocate"), error
             assert "the cap is" in str(error), error
         # Libraries' workspaces are live blocks too.
         free = hard_cap.pager.cap - outside(hard_cap) - torch.cuda.memory_allocated()
@@ -448,6 +451,21 @@ def many_small(hard_cap):
     for i, count in enumerate(counts):
         assert count.sum().item() == 3
         assert count[i % len(count)].item() == (2 if i % len(count) else 3)
+
+
+def backend():
+    """Another allocator, chosen by the environment, is refused before anything is done."""
+    program = "import penstock; penstock.set_cap('1GiB')"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1, ran
+    assert "DeviceError" in ran.stderr, ran.stderr
+    assert "chosen by PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync" in ran.stderr, ran.stderr
 
 
 def late():

@@ -16,6 +16,7 @@ SCENES = [
     "neighbours",
     "benchmark",
     "overflow",
+    "backend",
     "late",
     "faults",
 ]

@@ -195,6 +195,21 @@ def test_hard_cap_needs_a_gpu() -> None:
     assert process.current_cap("cuda") is None
 
 
+def test_an_allocator_chosen_by_the_environment_contradicts_a_hard_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = "backend:cudaMallocAsync"
+    monkeypatch.setattr("penstock.cap.set_cap.require_cuda", lambda *_: None)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", chosen)
+    with pytest.raises(DeviceError, match=f"'cudaMallocAsync', chosen by .*{chosen}: take it out"):
+        penstock.set_cap("1GiB")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    with pytest.raises(DeviceError, match="'cudaMallocAsync': do not change it"):
+        penstock.set_cap("1GiB")
+    assert process.current_cap("cuda:0") is None
+
+
 def test_figures_are_those_that_torch_prints(
     shared: HardCap, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from penstock.cap import process
 from penstock.cap.hard_cap import HardCap, Overflow
 from penstock.cap.process import STATE
-from penstock.cap.torch_hook import hook_torch
+from penstock.cap.torch_hook import hook_torch, require_native
 from penstock.errors import DeviceError
 from penstock.memory.devices import uses_cuda
 from penstock.sizes import parse_bytes
@@ -56,8 +56,9 @@ def set_cap(
     Raises
     ------
     DeviceError
-        If there is no such GPU, or torch has allocated on a GPU already, or tensors cannot overflow
-        there.
+        If there is no such GPU, or torch has allocated on a GPU already, or the environment chose
+        another allocator for torch (`PYTORCH_CUDA_ALLOC_CONF=backend:...`), or tensors cannot
+        overflow there.
     CapExceededError
         If the cap is lowered below what is in use, or has no room for what the process holds
         already and the reserve.
@@ -82,6 +83,8 @@ def set_cap(
             call="set_cap",
             code=0,
         )
+    if not STATE.hooked:
+        require_native()
     hard_cap = HardCap(cap, device=device, page_size=page_size, reserve=reserve)
     _apply_overflow(hard_cap, overflow, overflow_limit)
     ordinal = hard_cap.pager.core_device.info().ordinal

@@ -8,6 +8,7 @@ ask for them: the functions behind them are replaced, for devices that the alloc
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,30 @@ from penstock.cap.torch_allocator import change_to_own, change_to_plain
 from penstock.errors import DeviceError
 from penstock.torch_private import ContextProp, function_of, replace_function
 
-__all__ = ["hook_torch", "nested_stats"]
+__all__ = ["hook_torch", "nested_stats", "require_native"]
+
+_CHOOSING = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def require_native() -> None:
+    """Refuse a process whose memory comes from another allocator than torch's usual one.
+
+    Raises
+    ------
+    DeviceError
+        Naming the allocator, and the variable of the environment that chose it.
+    """
+    backend = torch.cuda.memory.get_allocator_backend()
+    if backend == "native":
+        return
+    chosen = [f"{name}={os.environ[name]}" for name in _CHOOSING if os.environ.get(name)]
+    source = f", chosen by {chosen[0]}: take it out of there" if chosen else ": do not change it"
+    raise DeviceError(
+        f"a hard cap puts an allocator of its own under torch, and torch has {backend!r}{source}, "
+        "or do without set_cap",
+        call="set_cap",
+        code=0,
+    )
 
 
 def hook_torch(ordinal: int, served: HardCap) -> None:
