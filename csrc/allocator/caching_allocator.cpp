@@ -1,7 +1,6 @@
 #include "allocator/caching_allocator.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <exception>
 #include <limits>
 #include <stdexcept>
@@ -19,13 +18,6 @@ constexpr std::size_t kLargest = 5;  // blocks that a refusal names
 std::size_t rounded_up(std::size_t nbytes, std::size_t multiple) {
   const std::size_t up = nbytes + (multiple - 1);
   return up < nbytes ? std::numeric_limits<std::size_t>::max() : up / multiple * multiple;
-}
-
-std::string hexadecimal(const void* address) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%zx",
-                static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(address)));
-  return text;
 }
 
 }  // namespace
@@ -174,7 +166,7 @@ Block* CachingAllocator::live_block(const void* address) const {
 }
 
 void CachingAllocator::refuse_unknown(void* address, const char* what) {
-  throw std::invalid_argument(std::string(what) + ": " + hexadecimal(address) +
+  throw std::invalid_argument(std::string(what) + ": " + format_address(address) +
                               " is not the address of a live block");
 }
 
@@ -197,6 +189,10 @@ void CachingAllocator::free(void* address) {
     if (!free_overflow(address)) refuse_unknown(address, "free");
     return;
   }
+  release(block);
+}
+
+void CachingAllocator::release(Block* block) {
   parts_.stats.apply(block->arena->side(), [&](SideStats& figures) {
     figures.allocation.decrease(1);
     figures.allocated_bytes.decrease(block->nbytes);

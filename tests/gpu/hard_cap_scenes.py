@@ -195,6 +195,152 @@ def graph():
     torch.cuda.empty_cache()
 
 
+def pools():
+    """A pool of the user's is counted, and keeps its memory until nobody has it any more."""
+    hard_cap = cap_at(256)
+    size = 32 * MIB
+
+    def held():
+        return hard_cap.pager.budget.stats().used_by_tag["activations"]
+
+    before = held()
+    pool = torch.cuda.MemPool()
+    assert pool.use_count() == 1
+    with torch.cuda.use_mem_pool(pool):
+        inside = torch.full((size,), 3, dtype=torch.uint8, device="cuda")
+        assert pool.use_count() == 2
+        try:
+            torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            assert str(error).startswith("CUDA out of memory. Tried to allocate"), error
+        else:
+            raise AssertionError("it is larger than the cap")
+    outside_of_it = torch.full((size,), 4, dtype=torch.uint8, device="cuda")
+    by_address = {block.address: block for block in hard_cap.allocator.live_blocks()}
+    assert by_address[inside.data_ptr()].pool == tuple(pool.id)
+    assert by_address[outside_of_it.data_ptr()].pool == (0, 0)
+    assert held() >= before + 2 * size
+    address = inside.data_ptr()
+    del inside
+    torch.cuda.empty_cache()
+    assert held() >= before + 2 * size, "the pool keeps its memory"
+    elsewhere = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert elsewhere.data_ptr() != address
+    with torch.cuda.use_mem_pool(pool):
+        again = torch.full((size,), 5, dtype=torch.uint8, device="cuda")
+    assert again.data_ptr() == address
+    assert again.eq(5).all().item()
+    assert outside_of_it.eq(4).all().item()
+    functions = ("penstock_malloc", "penstock_free")
+    own = torch.cuda.memory.CUDAPluggableAllocator(_core.__file__, *functions)
+    try:
+        torch.cuda.MemPool(own.allocator())
+    except penstock.DeviceError as error:
+        assert "past the cap" in str(error), error
+    else:
+        raise AssertionError("its memory would not be counted")
+    del again, outside_of_it, elsewhere, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert held() <= before + 2 * MIB
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def reduce_overhead():
+    """Graphs of one tree share a pool, whose blocks are put back between them."""
+    from torch._inductor.cudagraph_trees import get_container
+
+    hard_cap = cap_at(1024)
+    torch.manual_seed(2)
+    weights = [torch.randn(512, 512, device="cuda") * 0.04 for _ in range(6)]
+
+    def deep(x):
+        kept = []
+        for weight in weights:
+            x = torch.tanh(x @ weight)
+            kept.append(x)
+        return x, torch.stack(kept).sum(0)
+
+    def wide(x, y):
+        return torch.cat([x, y], dim=1).sin().sum(1), (x * y).exp()
+
+    deep_too = torch.compile(deep, mode="reduce-overhead", dynamic=False)
+    wide_too = torch.compile(wide, mode="reduce-overhead", dynamic=False)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    for rows in (64, 96):
+        for step in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = torch.randn(rows, 512, device="cuda")
+            first = deep_too(x)
+            for a, b in zip(first, deep(x), strict=True):
+                close(a, b)
+            if step > 3:  # another graph, recorded after a replay of the first one
+                second = wide_too(*first)
+                noise = [torch.full((rows * 512,), float("nan"), device="cuda") for _ in range(8)]
+                for a, b in zip(second, wide(*deep(x)), strict=True):
+                    close(a, b)
+                for a, b in zip(first, deep(x), strict=True):
+                    close(a, b)
+                del noise, second
+            del first
+    checkpoints = get_container(0).get_tree_manager().debug_checkpointing_counter
+    assert checkpoints > 0, "no checkpoint was asked for: the scene shows nothing"
+
+    def train(model, run):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = run(torch.randn(32, 256, device="cuda")).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    def make():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
+
+    plain, compiled = make(), make()
+    close(train(compiled, torch.compile(compiled, mode="reduce-overhead")), train(plain, plain))
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def processes():
+    """Tensors that another process could not open are refused where they are sent."""
+    cap_at(64)
+    tensor = torch.ones(1000, device="cuda")
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+
+    def send():
+        process = context.Process(target=print, args=(tensor,))
+        process.start()
+
+    for refused in (
+        lambda: queue.put([tensor]),
+        send,
+        tensor.untyped_storage()._share_cuda_,
+        lambda: context.SimpleQueue().put(nn.Parameter(tensor)),
+    ):
+        try:
+            refused()
+        except penstock.DeviceError as error:
+            assert "tensor.cpu()" in str(error), error
+        else:
+            raise AssertionError("another process cannot open it")
+    queue.put(tensor.cpu())
+    assert queue.get(timeout=60).sum().item() == 1000
+
+
 def layer_by_layer(state, x):
     """Compute what a sequence of linear layers does, with one of them on the device at a time."""
     for i in range(len(state) // 2):
