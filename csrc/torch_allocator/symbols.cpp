@@ -121,6 +121,12 @@ void penstock_free(void* address, std::size_t /*size*/, int device, void* /*stre
   quietly(device, [&](CachingAllocator& allocator) { allocator.free(address); });
 }
 
+void penstock_delete(void* address) {
+  CachingAllocator* allocator = owner_of(address);
+  if (allocator == nullptr) return;
+  quietly(*allocator, [&] { allocator->free(address); });
+}
+
 void penstock_record_stream(void* address, void* stream) {
   CachingAllocator* allocator = owner_of(address);
   if (allocator == nullptr) return;

@@ -66,6 +66,8 @@ PENSTOCK_EXPORT void* penstock_malloc(std::size_t size, int device, void* stream
 PENSTOCK_EXPORT void* penstock_pool_malloc(std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_pool_free(void* address, std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_free(void* address, std::size_t size, int device, void* stream);
+/// The same for who does not know of which device the address is.
+PENSTOCK_EXPORT void penstock_delete(void* address);
 PENSTOCK_EXPORT void penstock_record_stream(void* address, void* stream);
 /// Gives back cached frames of all devices.
 PENSTOCK_EXPORT void penstock_empty_cache();

@@ -346,7 +346,7 @@ def test_functions_are_handed_over_in_the_order_in_which_they_are_taken() -> Non
     given = [torch_allocator._ALLOCATE, torch_allocator._FREE, *torch_allocator._BEYOND]
     given += torch_allocator._HOOKS.values()
     assert [name.removeprefix("penstock_") for name in given] == [
-        {"allocate": "malloc"}.get(name, name) for name in taken
+        {"allocate": "malloc", "delete_block": "delete"}.get(name, name) for name in taken
     ]
 
 

@@ -6,6 +6,9 @@
 //
 // The functions say no `override` where versions of torch differ: what a version does not ask for
 // is a function that nobody calls.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/cuda/CUDAPluggableAllocator.h>
 
 #include <cstdio>
@@ -21,7 +24,6 @@ namespace {
 
 using Pluggable = torch::cuda::CUDAPluggableAllocator::CUDAPluggableAllocator;
 using Base = c10::cuda::CUDACachingAllocator::CUDAAllocator;
-using Metadata = torch::cuda::CUDAPluggableAllocator::_AllocationMetadata;
 using State = c10::cuda::CUDACachingAllocator::AllocatorState;
 using Delta = c10::cuda::CUDACachingAllocator::CheckpointDelta;
 using ShareableHandle = c10::cuda::CUDACachingAllocator::ShareableHandle;
@@ -43,6 +45,7 @@ using Blocks = std::vector<Block>;
 struct PenstockFunctions {
   void* (*allocate)(std::size_t, int, cudaStream_t);
   void (*free)(void*, std::size_t, int, cudaStream_t);
+  void (*delete_block)(void*);
   std::size_t (*largest_block)(int);
   void (*hold_pool)(int, PoolId);
   int (*pool_uses)(int, PoolId);
@@ -75,6 +78,22 @@ class Allocator final : public Pluggable {
     set_end_allocate_to_pool_fn(core_.end_pool);
     set_release_pool(core_.release_pool);
   }
+
+  // Torch's class keeps the size, device and stream of each block, which the core knows, and a
+  // checkpoint could not tell it of blocks that come back.
+  c10::DataPtr allocate(std::size_t nbytes) override {
+    const Device device = current_device();
+    void* address = core_.allocate(nbytes, device, current_stream(device));
+    return data_ptr(address, device);
+  }
+  void* raw_alloc(std::size_t nbytes) override {
+    const Device device = current_device();
+    return core_.allocate(nbytes, device, current_stream(device));
+  }
+  void* raw_alloc_with_stream(std::size_t nbytes, cudaStream_t stream) override {
+    return core_.allocate(nbytes, current_device(), stream);
+  }
+  void raw_delete(void* address) override { core_.delete_block(address); }
 
   void cacheInfo(Device device, std::size_t* largest) override {
     *largest = core_.largest_block(device);
@@ -111,19 +130,13 @@ class Allocator final : public Pluggable {
   Delta setCheckpointPoolState(Device device, std::shared_ptr<State> state) override {
     const auto* wanted = dynamic_cast<const Checkpoint*>(state.get());
     TORCH_CHECK(wanted != nullptr, "this is no checkpoint of penstock's allocator");
-    const Blocks before = blocks(device, wanted->pool);
-    try {
-      core_.restore_pool(device, wanted->pool, wanted->blocks);
-    } catch (...) {
-      note(before, blocks(device, wanted->pool), device);
-      throw;
-    }
-    note(before, wanted->blocks, device);
     Delta delta;
-    for (const Block& block : before) delta.ptrs_freed.push_back(block.address);
+    for (const Block& block : blocks(device, wanted->pool)) {
+      delta.ptrs_freed.push_back(block.address);
+    }
+    core_.restore_pool(device, wanted->pool, wanted->blocks);
     for (const Block& block : wanted->blocks) {
-      delta.dataptrs_allocd.emplace_back(block.address, block.address, raw_deleter(),
-                                         c10::Device(c10::DeviceType::CUDA, device));
+      delta.dataptrs_allocd.push_back(data_ptr(block.address, device));
     }
     return delta;
   }
@@ -151,14 +164,16 @@ class Allocator final : public Pluggable {
     core_.pool_blocks(device, pool, found);
     return found;
   }
-  // Torch's class keeps the size, device and stream of each block.
-  void note(const Blocks& before, const Blocks& after, Device device) {
-    const std::lock_guard<std::mutex> lock(allocator_mutex_);
-    for (const Block& block : before) allocation_metadata_.erase(block.address);
-    for (const Block& block : after) {
-      allocation_metadata_[block.address] =
-          Metadata(block.size, device, static_cast<cudaStream_t>(block.stream));
-    }
+  c10::DataPtr data_ptr(void* address, Device device) const {
+    return {address, address, raw_deleter(), c10::Device(c10::DeviceType::CUDA, device)};
+  }
+  static Device current_device() {
+    Device device = -1;
+    C10_CUDA_CHECK(c10::cuda::GetDevice(&device));
+    return device;
+  }
+  static cudaStream_t current_stream(Device device) {
+    return c10::cuda::getCurrentCUDAStream(device).stream();
   }
 
   PenstockFunctions core_;

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("torch_allocator.cpp")
 _ALLOCATE, _FREE = "penstock_malloc", "penstock_free"
 _BEYOND = (  # what the subclass calls beside the hooks; in the order of the source
+    "penstock_delete",
     "penstock_largest_block",
     "penstock_hold_pool",
     "penstock_pool_uses",
