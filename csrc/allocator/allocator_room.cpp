@@ -1,70 +1,12 @@
-// How the allocator finds room: private pools, whose frames stay, and taking cached frames away
-// from where they are, which waits for the streams that may still use them.
+// How the allocator finds room: taking cached frames away from where they are, which waits for the
+// streams that may still use them.
 #include <algorithm>
 #include <exception>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "allocator/caching_allocator.hpp"
 
 namespace penstock {
-
-// ---- private pools -----------------------------------------------------------------------------
-
-namespace {
-
-std::string name_of(PoolId id) {
-  return "pool (" + std::to_string(id.first) + ", " + std::to_string(id.second) + ")";
-}
-
-}  // namespace
-
-void CachingAllocator::begin_pool(PoolId id, StreamFilter filter) {
-  Lock lock(mutex_);
-  device_waits_over_.wait(lock, [&] { return device_waits_ == 0; });
-  for (const Begun& begun : begun_) {
-    if (begun.pool->id == id) throw std::invalid_argument(name_of(id) + " is begun already");
-  }
-  auto& pool = private_[id];
-  if (!pool) {
-    pool = std::make_unique<BlockPool>();
-    pool->is_private = true;
-    pool->id = id;
-  }
-  begun_.push_back({pool.get(), std::move(filter)});
-  ++pool->uses;
-}
-
-void CachingAllocator::end_pool(PoolId id) {
-  const std::lock_guard lock(mutex_);
-  const auto found = std::find_if(begun_.begin(), begun_.end(),
-                                  [&](const Begun& begun) { return begun.pool->id == id; });
-  if (found == begun_.end()) throw std::invalid_argument(name_of(id) + " is not begun");
-  begun_.erase(found);
-}
-
-void CachingAllocator::release_pool(PoolId id) {
-  const std::lock_guard lock(mutex_);
-  const auto found = private_.find(id);
-  if (found == private_.end() || found->second->uses == 0) {
-    throw std::invalid_argument(name_of(id) + " has no users");
-  }
-  --found->second->uses;
-  drop_empty_pools();
-}
-
-void CachingAllocator::drop_empty_pools() {
-  for (auto at = private_.begin(); at != private_.end();) {
-    const BlockPool& pool = *at->second;
-    const bool begun = std::any_of(begun_.begin(), begun_.end(),
-                                   [&](const Begun& other) { return other.pool == &pool; });
-    const bool empty = !begun && pool.may_give() && pool.frame_count() == 0;
-    at = empty ? private_.erase(at) : std::next(at);
-  }
-}
-
-// ---- cached frames -----------------------------------------------------------------------------
 
 // The runs whose use is the longest ago first.
 std::vector<CachedRun> CachingAllocator::find_cached(const Growth* kept) {

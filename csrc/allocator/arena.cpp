@@ -100,6 +100,17 @@ Block* Arena::take_best(std::size_t nbytes) {
   return best == free_.end() ? nullptr : carve(*best, (*best)->start, nbytes);
 }
 
+Block* Arena::find_free(const std::byte* start, std::size_t nbytes) const noexcept {
+  for (Block* block : free_) {
+    if (block->start <= start && start + nbytes <= block->end()) return block;
+  }
+  return nullptr;
+}
+
+Block* Arena::take_at(std::byte* start, std::size_t nbytes) {
+  return carve(find_free(start, nbytes), start, nbytes);
+}
+
 void Arena::settle(Block* quick) {
   parts_.blocks.erase(quick);
   make_free(quick);

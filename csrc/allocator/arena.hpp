@@ -74,6 +74,10 @@ class Arena {
   Block* take_quick(std::size_t nbytes) noexcept { return quick_.take(nbytes); }
   /// The smallest free block that `nbytes` fit in, cut to size, the lowest one of equals; or null.
   Block* take_best(std::size_t nbytes);
+  /// The free block that these bytes are part of, or null.
+  Block* find_free(const std::byte* start, std::size_t nbytes) const noexcept;
+  /// Cuts a block out of it, which there is.
+  Block* take_at(std::byte* start, std::size_t nbytes);
   /// Takes a live or held block back.
   void give(Block* block, std::uint64_t sequence);
   /// Joins quick blocks with what is free beside them.

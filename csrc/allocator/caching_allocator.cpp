@@ -1,7 +1,6 @@
 #include "allocator/caching_allocator.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <exception>
 #include <limits>
 #include <stdexcept>
@@ -19,13 +18,6 @@ constexpr std::size_t kLargest = 5;  // blocks that a refusal names
 std::size_t rounded_up(std::size_t nbytes, std::size_t multiple) {
   const std::size_t up = nbytes + (multiple - 1);
   return up < nbytes ? std::numeric_limits<std::size_t>::max() : up / multiple * multiple;
-}
-
-std::string hexadecimal(const void* address) {
-  char text[32];
-  std::snprintf(text, sizeof text, "0x%zx",
-                static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(address)));
-  return text;
 }
 
 }  // namespace
@@ -174,7 +166,7 @@ Block* CachingAllocator::live_block(const void* address) const {
 }
 
 void CachingAllocator::refuse_unknown(void* address, const char* what) {
-  throw std::invalid_argument(std::string(what) + ": " + hexadecimal(address) +
+  throw std::invalid_argument(std::string(what) + ": " + format_address(address) +
                               " is not the address of a live block");
 }
 
@@ -197,6 +189,10 @@ void CachingAllocator::free(void* address) {
     if (!free_overflow(address)) refuse_unknown(address, "free");
     return;
   }
+  release(block);
+}
+
+void CachingAllocator::release(Block* block) {
   parts_.stats.apply(block->arena->side(), [&](SideStats& figures) {
     figures.allocation.decrease(1);
     figures.allocated_bytes.decrease(block->nbytes);
@@ -277,7 +273,7 @@ std::vector<LiveBlock> CachingAllocator::largest_blocks(std::size_t count) const
 CapExceededError CachingAllocator::refusal(std::size_t requested) const {
   const BudgetStats ledger = pool_->budget().stats();
   const SideStats& all = parts_.stats.side(Side::kAll);
-  std::string text = "cannot allocate " + format_bytes(requested) + ": the cap is " +
+  std::string text = "Tried to allocate " + format_bytes(requested) + ": the cap is " +
                      format_bytes(ledger.cap) + " and " + format_bytes(ledger.used) + " are in use";
   for (std::size_t i = 0; i < kTagCount; ++i) {
     if (ledger.used_by_tag[i] == 0) continue;

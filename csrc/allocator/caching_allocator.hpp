@@ -10,13 +10,14 @@
 // fit among what is mapped for the stream; new frames, while the cap allows; frames that this
 // allocator holds for other streams or at other addresses and that nobody uses, after their
 // stream's work is over; blocks that are held back, after a wait; frames of others (RoomSource).
-// Then, where the user allows it, a large request is served from the host's memory (Overflow). Only
+// Then, where the user allows it, the request is served from the host's memory (Overflow). Only
 // then is a request refused, and nothing has changed but that caches are smaller.
 //
 // Private pools: while one is begun, requests on the streams that its filter names are served from
 // arenas of its own, because a graph that is captured there uses their addresses whenever it is
-// replayed. Nothing of a pool goes elsewhere until it is released as often as it was begun and all
-// its blocks are free.
+// replayed. Nothing of a pool goes elsewhere until it is released as often as it was begun or held
+// and all its blocks are free. So blocks of a pool in use can be put back to where they were: a
+// graph's replay leaves its results at addresses which the allocator takes for free.
 //
 // Locks: one mutex, held for bookkeeping, for mapping, and for recording events; never while
 // waiting for the device and never while asking others for room. As with all sources of room, who
@@ -89,8 +90,19 @@ class CachingAllocator : public RoomSource {
   void begin_pool(PoolId id, StreamFilter filter);
   /// Requests are served from the common pool again. @throws std::invalid_argument if not begun.
   void end_pool(PoolId id);
-  /// One user fewer than `begin_pool` has made. @throws std::invalid_argument if there is none.
+  /// One user more, without serving requests from it. Makes the pool where there is none.
+  void hold_pool(PoolId id);
+  /// One user fewer than `begin_pool` and `hold_pool` have made. @throws std::invalid_argument if
+  /// there is none.
   void release_pool(PoolId id);
+  /// Users of a pool; 0 where there is none.
+  std::size_t pool_uses(PoolId id) const;
+  /// Has exactly the blocks `wanted` live in a pool: frees the others, waiting for streams that use
+  /// them, and takes back those that were freed. For while nobody else uses the pool.
+  /// @param wanted  What `live_blocks` told of the pool at some time.
+  /// @throws std::invalid_argument where one of them does not lie in free memory of the pool; then
+  /// the others are freed, and none is taken back.
+  void restore_pool(PoolId id, const std::vector<LiveBlock>& wanted);
 
   /// Bytes of frames beyond what blocks have taken at any time since the last call.
   std::size_t take_idle_bytes();
@@ -106,7 +118,7 @@ class CachingAllocator : public RoomSource {
   /// The live block that starts at an address, if any.
   std::optional<LiveBlock> find_block(const void* address) const;
 
-  /// What large requests get when the cap is full; nothing unless it is given a limit. Blocks come
+  /// What requests get when the cap is full; nothing unless it is given a limit. Blocks come
   /// and go through the allocator.
   Overflow& overflow() noexcept { return overflow_; }
   const std::shared_ptr<FramePool>& pool() const noexcept { return pool_; }
@@ -115,7 +127,6 @@ class CachingAllocator : public RoomSource {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  static constexpr std::size_t kLeastOverflow = std::size_t{1} << 20;
   struct Begun {
     BlockPool* pool;
     StreamFilter filter;
@@ -127,11 +138,13 @@ class CachingAllocator : public RoomSource {
   // waiting.
   void* allocate_slowly(std::size_t requested, std::size_t nbytes, StreamHandle stream);
   BlockPool& pool_of(StreamHandle stream);
+  BlockPool* private_pool(PoolId id);
   Heap& heap_of(StreamHandle stream);
   void* hand_out(Block* block, std::size_t requested);
   Block* live_block(const void* address) const;
   [[noreturn]] static void refuse_unknown(void* address, const char* what);
   void recycle(Block* block);
+  void release(Block* block);
   void retire();
   bool take_frames(std::size_t count, std::vector<Frame>& frames);
   CapExceededError refusal(std::size_t requested) const;

@@ -1,6 +1,10 @@
 // Blocks in managed memory that stays on the host, for requests that the cap has no room for. The
 // device reaches them over the link, where they are: nothing moves to it, so they are not charged
-// to the cap but bounded by a limit of their own. Each block is a range of its own, in whole MiB.
+// to the cap but bounded by a limit of their own. A block of a MiB or more is a range of its own,
+// in whole MiB; smaller ones share a range of one MiB with others of their size, a power of two.
+//
+// Small requests are served too: a program whose large tensors lie here goes on making small ones,
+// and where the first of them was refused, nothing would have been gained.
 //
 // Stream order is that of the allocator: a freed block goes to the next request of its size on its
 // own stream at once, to other streams after the work that its streams had been given is over. What
@@ -17,6 +21,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "allocator/hold_back.hpp"
@@ -62,16 +67,30 @@ class Overflow {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
+  struct Range;
   struct Piece : Block {
-    std::unique_ptr<ManagedRange> memory;
+    Range* range = nullptr;
     StreamHandle stream;                ///< That it was taken on.
     std::vector<StreamHandle> streams;  ///< Others that use it.
+  };
+  struct Range {
+    ManagedRange memory;
+    std::vector<Piece> pieces;  // of one size
+    std::size_t free = 0;       // pieces that nothing uses any more
+
+    bool unused() const noexcept { return free == pieces.size(); }
+  };
+  /// Pieces of one size that may be handed out.
+  struct Shelf {
+    std::vector<Piece*> free;
+    std::unordered_map<void*, std::vector<Piece*>> quick;  // freed on a stream, for that stream
   };
 
   LiveBlock hand_out(Piece& piece, std::size_t requested, StreamHandle stream,
                      std::uint64_t sequence);
   Piece* find_free(std::size_t nbytes, StreamHandle stream);
-  std::unique_ptr<Piece> make(Lock& lock, std::size_t nbytes);
+  Piece* make(Lock& lock, std::size_t nbytes);
+  void shelve(Piece& piece);
   std::size_t release_free(Lock& lock);
   bool wait_for_freed(Lock& lock);
   void retire();
@@ -81,8 +100,10 @@ class Overflow {
   std::shared_ptr<Device> device_;
   mutable std::mutex mutex_;
   HoldBack held_back_;
-  std::map<const void*, std::unique_ptr<Piece>> pieces_;  // by address
-  std::vector<Block*> retired_;                           // kept for its memory
+  std::vector<std::unique_ptr<Range>> ranges_;
+  std::map<std::size_t, Shelf> shelves_;            // by the size of pieces
+  std::unordered_map<const void*, Piece*> pieces_;  // by address
+  std::vector<Block*> retired_;                     // kept for its memory
   OverflowStats stats_;
 };
 

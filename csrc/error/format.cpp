@@ -1,6 +1,7 @@
 #include "error/format.hpp"
 
 #include <array>
+#include <cstdint>
 #include <cstdio>
 
 namespace penstock {
@@ -16,6 +17,13 @@ std::string format_bytes(std::size_t nbytes) {
   }
   std::array<char, 64> text{};
   std::snprintf(text.data(), text.size(), "%.2f %s (%zu bytes)", value, kUnits[unit], nbytes);
+  return text.data();
+}
+
+std::string format_address(const void* address) {
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "0x%zx",
+                static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(address)));
   return text.data();
 }
 

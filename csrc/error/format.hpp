@@ -8,5 +8,7 @@ namespace penstock {
 
 /// "1.50 GiB (1610612736 bytes)"; below 1 KiB only "12 bytes".
 std::string format_bytes(std::size_t nbytes);
+/// "0x7f3a40000000".
+std::string format_address(const void* address);
 
 }  // namespace penstock

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "error/error.hpp"
+#include "error/format.hpp"
 #include "torch_allocator/registry.hpp"
 #include "torch_allocator/torch_allocator.hpp"
 
@@ -15,6 +16,8 @@ namespace penstock::torch_allocator {
 namespace {
 
 constexpr int kCudaOutOfMemory = 2;  // of cudaError_t and of CUresult
+// How torch's own message begins, up to the bytes: those who retry with less know it by that.
+constexpr const char* kOutOfMemory = "CUDA out of memory. ";
 
 [[noreturn]] void fail(const std::string& message) {
   if (const Thrower thrower = Registry::get().thrower.load()) thrower(message.c_str());
@@ -41,6 +44,14 @@ void quietly(int device, Call call) noexcept {
 
 PoolId pool_id(PenstockPoolId id) noexcept {
   return {id.first, id.second};
+}
+
+CachingAllocator& required(int device) {
+  CachingAllocator* allocator = Registry::get().find(device);
+  if (allocator != nullptr) return *allocator;
+  throw std::runtime_error("device " + std::to_string(device) +
+                           " has no hard cap, and another one has: call penstock.set_cap for it "
+                           "too");
 }
 
 // The allocator that handed an address out, where torch does not say for which device it was.
@@ -70,16 +81,16 @@ void* penstock_malloc(std::size_t size, int device, void* stream) {
   std::string message;
   bool out_of_memory = false;
   try {
-    CachingAllocator* allocator = Registry::get().find(device);
-    if (allocator != nullptr) return allocator->allocate(size, {stream});
-    message = "device " + std::to_string(device) +
-              " has no hard cap, and another one has: call penstock.set_cap for it too";
+    return required(device).allocate(size, {stream});
   } catch (const CapExceededError& error) {
-    message = error.what();
+    message = std::string(kOutOfMemory) + error.what();
     out_of_memory = true;
   } catch (const DeviceError& error) {
-    message = error.what();
     out_of_memory = error.code == kCudaOutOfMemory;
+    if (out_of_memory) {
+      message = std::string(kOutOfMemory) + "Tried to allocate " + format_bytes(size) + ": ";
+    }
+    message += error.what();
   } catch (const std::exception& error) {
     message = error.what();
   }
@@ -108,6 +119,12 @@ void penstock_pool_free(void* address, std::size_t /*size*/, int device, void* /
 
 void penstock_free(void* address, std::size_t /*size*/, int device, void* /*stream*/) {
   quietly(device, [&](CachingAllocator& allocator) { allocator.free(address); });
+}
+
+void penstock_delete(void* address) {
+  CachingAllocator* allocator = owner_of(address);
+  if (allocator == nullptr) return;
+  quietly(*allocator, [&] { allocator->free(address); });
 }
 
 void penstock_record_stream(void* address, void* stream) {
@@ -162,4 +179,33 @@ void penstock_end_pool(int device, PenstockPoolId id) {
 
 void penstock_release_pool(int device, PenstockPoolId id) {
   quietly(device, [&](CachingAllocator& allocator) { allocator.release_pool(pool_id(id)); });
+}
+
+void penstock_hold_pool(int device, PenstockPoolId id) {
+  required(device).hold_pool(pool_id(id));
+}
+
+int penstock_pool_uses(int device, PenstockPoolId id) {
+  CachingAllocator* allocator = Registry::get().find(device);
+  return allocator == nullptr ? 0 : static_cast<int>(allocator->pool_uses(pool_id(id)));
+}
+
+void penstock_pool_blocks(int device, PenstockPoolId id, std::vector<PenstockBlock>& blocks) {
+  for (const LiveBlock& block : required(device).live_blocks()) {
+    if (!(block.pool == pool_id(id))) continue;
+    blocks.push_back({block.address, block.requested, block.nbytes, block.stream.value});
+  }
+}
+
+void penstock_restore_pool(int device, PenstockPoolId id,
+                           const std::vector<PenstockBlock>& blocks) {
+  std::vector<LiveBlock> wanted;
+  for (const PenstockBlock& block : blocks) {
+    wanted.push_back({block.address, block.block_size, block.size, {block.stream}, 0, pool_id(id)});
+  }
+  try {
+    required(device).restore_pool(pool_id(id), wanted);
+  } catch (const std::exception& error) {
+    throw std::runtime_error(error.what());  // of a type that torch's libraries know too
+  }
 }

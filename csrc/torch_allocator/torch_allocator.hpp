@@ -8,7 +8,8 @@
 // thrower, which somebody who is built against torch installs, so that users see
 // torch.OutOfMemoryError; without one, and for other errors, it is std::runtime_error, which torch
 // turns into a RuntimeError. penstock_begin_pool throws too where a pool is begun twice: a graph
-// that went on with the common pool would share its memory with others. In all others an error is
+// that went on with the common pool would share its memory with others; and so do the functions
+// that say so below. In all others an error is
 // on record with the device (Device::suppress). Thread-safe; installing is for when nobody
 // allocates.
 #pragma once
@@ -18,6 +19,7 @@
 #include <functional>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "allocator/caching_allocator.hpp"
 
@@ -47,6 +49,14 @@ extern "C" {
 using PenstockPoolId = std::pair<unsigned long long, unsigned long long>;
 using PenstockStreamFilter = std::function<bool(void*)>;  // as it is with cudaStream_t
 
+/// A live block. Plain data, which who is built against torch declares again.
+struct PenstockBlock {
+  void* address;
+  std::size_t size;        ///< That was asked for.
+  std::size_t block_size;  ///< That it takes.
+  void* stream;
+};
+
 #define PENSTOCK_EXPORT __attribute__((visibility("default"), used))
 
 /// Memory on `device` for work of `stream`; null for no bytes.
@@ -56,6 +66,8 @@ PENSTOCK_EXPORT void* penstock_malloc(std::size_t size, int device, void* stream
 PENSTOCK_EXPORT void* penstock_pool_malloc(std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_pool_free(void* address, std::size_t size, int device, void* stream);
 PENSTOCK_EXPORT void penstock_free(void* address, std::size_t size, int device, void* stream);
+/// The same for who does not know of which device the address is.
+PENSTOCK_EXPORT void penstock_delete(void* address);
 PENSTOCK_EXPORT void penstock_record_stream(void* address, void* stream);
 /// Gives back cached frames of all devices.
 PENSTOCK_EXPORT void penstock_empty_cache();
@@ -67,4 +79,15 @@ PENSTOCK_EXPORT void penstock_begin_pool(int device, PenstockPoolId id,
                                          PenstockStreamFilter filter);
 PENSTOCK_EXPORT void penstock_end_pool(int device, PenstockPoolId id);
 PENSTOCK_EXPORT void penstock_release_pool(int device, PenstockPoolId id);
+/// One user more of a pool, as torch.cuda.MemPool is. Throws std::runtime_error where the device
+/// has no allocator.
+PENSTOCK_EXPORT void penstock_hold_pool(int device, PenstockPoolId id);
+PENSTOCK_EXPORT int penstock_pool_uses(int device, PenstockPoolId id);
+/// Adds the live blocks of a pool.
+PENSTOCK_EXPORT void penstock_pool_blocks(int device, PenstockPoolId id,
+                                          std::vector<PenstockBlock>& blocks);
+/// Has exactly these blocks live in a pool. Throws std::runtime_error where that cannot be; see
+/// CachingAllocator::restore_pool.
+PENSTOCK_EXPORT void penstock_restore_pool(int device, PenstockPoolId id,
+                                           const std::vector<PenstockBlock>& blocks);
 }

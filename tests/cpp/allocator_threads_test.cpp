@@ -282,6 +282,74 @@ TEST(AllocatorThreads, SourcesWithLocksOfTheirOwnAndTheAllocatorDoNotWaitForEach
   EXPECT_TRUE(setup.balanced());
 }
 
+// The cap is full of what stays, and others take and give what is left of it.
+TEST(AllocatorThreads, SmallRequestsGoOnWhileTheCapIsFullAndLargeOnesOverflow) {
+  constexpr int kThreads = 4;
+  AllocatorSetup setup(8);
+  CachingAllocator& allocator = *setup.allocator;
+  allocator.overflow().set_limit(512 * kMiB);
+  const auto source = std::make_shared<LockedSource>(setup.pool, allocator);
+  setup.pool->add_source(source, RoomRank::kResidentSet);
+  const OwnedStream streams[kThreads] = {OwnedStream(setup.spy), OwnedStream(setup.spy),
+                                         OwnedStream(setup.spy), OwnedStream(setup.spy)};
+  void* inside = setup.take(6 * kFrame);
+  std::atomic<int> running{kThreads};
+  std::atomic<int> refused{0};
+  {
+    const LedgerWatch watch(*setup.budget);
+    std::vector<std::thread> threads;
+    for (int id = 0; id < kThreads; ++id) {
+      threads.emplace_back([&, id] {
+        std::mt19937 random(static_cast<unsigned>(id));
+        const StreamHandle handles[] = {kHere, streams[id].get()};
+        std::vector<Held> live;
+        for (int step = 0; step < 1500; ++step) {
+          const std::size_t large = step % 100 == 0 ? 2 * kFrame : 0;
+          const std::size_t nbytes = 1 + random() % (step % 10 == 0 ? 200000 : 4000) + large;
+          const std::size_t on = random() % 2;
+          try {
+            auto* address = static_cast<unsigned char*>(allocator.allocate(nbytes, handles[on]));
+            live.push_back({address, nbytes, static_cast<unsigned char>(random()), on});
+          } catch (const CapExceededError&) {
+            ++refused;
+            continue;
+          }
+          mark(live.back());
+          if (random() % 4 != 0) continue;
+          std::swap(live[random() % live.size()], live.back());
+          EXPECT_TRUE(is_marked(live.back()));
+          if (random() % 4 == 0) allocator.record_stream(live.back().address, handles[1 - on]);
+          allocator.free(live.back().address);
+          live.pop_back();
+        }
+        for (const Held& held : live) {
+          EXPECT_TRUE(is_marked(held));
+          allocator.free(held.address);
+        }
+        --running;
+      });
+    }
+    std::mt19937 random(9);
+    while (running > 0) {
+      source->grow();
+      static_cast<void>(setup.budget->try_set_cap((6 + random() % 3) * kFrame));
+      std::this_thread::yield();
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+  EXPECT_EQ(refused, 0);
+  EXPECT_GT(allocator.overflow().stats().peak, 32 * kMiB);
+  allocator.free(inside);
+  source->clear();
+  setup.spy->synchronize();
+  allocator.empty_cache();
+  EXPECT_EQ(setup.used_frames(), 0U);
+  EXPECT_EQ(allocator.overflow().stats().held, 0U);
+  EXPECT_TRUE(setup.balanced());
+  EXPECT_EQ(allocator.stats().side(Side::kAll).active.current, 0);
+  EXPECT_EQ(setup.device->suppressed_count(), 0U);
+}
+
 // A source that allocates while it is asked: the request inside is served or refused, at once.
 TEST(AllocatorThreads, SourceMayAllocateWhileItGives) {
   class Allocating : public RoomSource {

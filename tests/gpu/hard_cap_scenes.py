@@ -1,7 +1,9 @@
 """What happens in processes of their own, under a hard cap: `python hard_cap_scenes.py NAME`."""
 
 import gc
+import os
 import random
+import subprocess
 import sys
 import threading
 import warnings
@@ -81,6 +83,7 @@ def figures():
             while True:
                 held.append(torch.empty((7 + attempt) * MIB, dtype=torch.uint8, device="cuda"))
         except torch.OutOfMemoryError as error:
+            assert str(error).startswith("CUDA out of memory. Tried to allocate"), error
             assert "the cap is" in str(error), error
         # Libraries' workspaces are live blocks too.
         free = hard_cap.pager.cap - outside(hard_cap) - torch.cuda.memory_allocated()
@@ -190,6 +193,152 @@ def graph():
     del captured, y
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def pools():
+    """A pool of the user's is counted, and keeps its memory until nobody has it any more."""
+    hard_cap = cap_at(256)
+    size = 32 * MIB
+
+    def held():
+        return hard_cap.pager.budget.stats().used_by_tag["activations"]
+
+    before = held()
+    pool = torch.cuda.MemPool()
+    assert pool.use_count() == 1
+    with torch.cuda.use_mem_pool(pool):
+        inside = torch.full((size,), 3, dtype=torch.uint8, device="cuda")
+        assert pool.use_count() == 2
+        try:
+            torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            assert str(error).startswith("CUDA out of memory. Tried to allocate"), error
+        else:
+            raise AssertionError("it is larger than the cap")
+    outside_of_it = torch.full((size,), 4, dtype=torch.uint8, device="cuda")
+    by_address = {block.address: block for block in hard_cap.allocator.live_blocks()}
+    assert by_address[inside.data_ptr()].pool == tuple(pool.id)
+    assert by_address[outside_of_it.data_ptr()].pool == (0, 0)
+    assert held() >= before + 2 * size
+    address = inside.data_ptr()
+    del inside
+    torch.cuda.empty_cache()
+    assert held() >= before + 2 * size, "the pool keeps its memory"
+    elsewhere = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert elsewhere.data_ptr() != address
+    with torch.cuda.use_mem_pool(pool):
+        again = torch.full((size,), 5, dtype=torch.uint8, device="cuda")
+    assert again.data_ptr() == address
+    assert again.eq(5).all().item()
+    assert outside_of_it.eq(4).all().item()
+    functions = ("penstock_malloc", "penstock_free")
+    own = torch.cuda.memory.CUDAPluggableAllocator(_core.__file__, *functions)
+    try:
+        torch.cuda.MemPool(own.allocator())
+    except penstock.DeviceError as error:
+        assert "past the cap" in str(error), error
+    else:
+        raise AssertionError("its memory would not be counted")
+    del again, outside_of_it, elsewhere, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert held() <= before + 2 * MIB
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def reduce_overhead():
+    """Graphs of one tree share a pool, whose blocks are put back between them."""
+    from torch._inductor.cudagraph_trees import get_container
+
+    hard_cap = cap_at(1024)
+    torch.manual_seed(2)
+    weights = [torch.randn(512, 512, device="cuda") * 0.04 for _ in range(6)]
+
+    def deep(x):
+        kept = []
+        for weight in weights:
+            x = torch.tanh(x @ weight)
+            kept.append(x)
+        return x, torch.stack(kept).sum(0)
+
+    def wide(x, y):
+        return torch.cat([x, y], dim=1).sin().sum(1), (x * y).exp()
+
+    deep_too = torch.compile(deep, mode="reduce-overhead", dynamic=False)
+    wide_too = torch.compile(wide, mode="reduce-overhead", dynamic=False)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    for rows in (64, 96):
+        for step in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            x = torch.randn(rows, 512, device="cuda")
+            first = deep_too(x)
+            for a, b in zip(first, deep(x), strict=True):
+                close(a, b)
+            if step > 3:  # another graph, recorded after a replay of the first one
+                second = wide_too(*first)
+                noise = [torch.full((rows * 512,), float("nan"), device="cuda") for _ in range(8)]
+                for a, b in zip(second, wide(*deep(x)), strict=True):
+                    close(a, b)
+                for a, b in zip(first, deep(x), strict=True):
+                    close(a, b)
+                del noise, second
+            del first
+    checkpoints = get_container(0).get_tree_manager().debug_checkpointing_counter
+    assert checkpoints > 0, "no checkpoint was asked for: the scene shows nothing"
+
+    def train(model, run):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(8):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = run(torch.randn(32, 256, device="cuda")).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    def make():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
+
+    plain, compiled = make(), make()
+    close(train(compiled, torch.compile(compiled, mode="reduce-overhead")), train(plain, plain))
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    stats = hard_cap.pager.budget.stats()
+    assert stats.peak <= stats.cap
+
+
+def processes():
+    """Tensors that another process could not open are refused where they are sent."""
+    cap_at(64)
+    tensor = torch.ones(1000, device="cuda")
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+
+    def send():
+        process = context.Process(target=print, args=(tensor,))
+        process.start()
+
+    for refused in (
+        lambda: queue.put([tensor]),
+        send,
+        tensor.untyped_storage()._share_cuda_,
+        lambda: context.SimpleQueue().put(nn.Parameter(tensor)),
+    ):
+        try:
+            refused()
+        except penstock.DeviceError as error:
+            assert "tensor.cpu()" in str(error), error
+        else:
+            raise AssertionError("another process cannot open it")
+    queue.put(tensor.cpu())
+    assert queue.get(timeout=60).sum().item() == 1000
 
 
 def layer_by_layer(state, x):
@@ -427,6 +576,42 @@ def overflow():
     finally:
         del held
     assert driver_used() - base <= hard_cap.pager.cap
+    many_small(hard_cap)
+    assert driver_used() - base <= hard_cap.pager.cap
+
+
+def many_small(hard_cap):
+    """Small tensors go on, atomic additions to them too, where large ones have filled the cap."""
+    held = []
+    while hard_cap.allocator.overflow_stats().live < 64 * MIB:
+        held.append(torch.empty(8 * MIB, dtype=torch.uint8, device="cuda"))
+    before = hard_cap.allocator.overflow_stats().live
+    counts = []
+    for i in range(4000):
+        size = 1 + i * 7 % 3000
+        counts.append(torch.zeros(size, dtype=torch.int32, device="cuda"))
+        where = torch.tensor([i % size, 0, i % size], device="cuda")
+        ones = torch.ones(3, dtype=torch.int32, device="cuda")
+        counts[-1].index_add_(0, where, ones)
+    assert hard_cap.allocator.overflow_stats().live > before, "all of them fit under the cap"
+    for i, count in enumerate(counts):
+        assert count.sum().item() == 3
+        assert count[i % len(count)].item() == (2 if i % len(count) else 3)
+
+
+def backend():
+    """Another allocator, chosen by the environment, is refused before anything is done."""
+    program = "import penstock; penstock.set_cap('1GiB')"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1, ran
+    assert "DeviceError" in ran.stderr, ran.stderr
+    assert "chosen by PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync" in ran.stderr, ran.stderr
 
 
 def late():

@@ -7,7 +7,7 @@ import torch
 from penstock.cap import process
 from penstock.cap.hard_cap import HardCap, Overflow
 from penstock.cap.process import STATE
-from penstock.cap.torch_hook import hook_torch
+from penstock.cap.torch_hook import hook_torch, require_native
 from penstock.errors import DeviceError
 from penstock.memory.devices import uses_cuda
 from penstock.sizes import parse_bytes
@@ -46,9 +46,9 @@ def set_cap(
         Bytes to charge beyond what is measured: so much may such memory grow between two looks
         without crossing the cap. If omitted, 128 MiB, or a 48th of the cap where that is less.
     overflow
-        What a request of a mebibyte or more gets when no room can be made for it: `"refuse"`, an
-        error, which is how it is at first; `"managed"`, memory of the host that the GPU reaches
-        over the link, many times slower than its own. If omitted, it stays as it is.
+        What a request gets when no room can be made for it: `"refuse"`, an error, which is how it
+        is at first; `"managed"`, memory of the host that the GPU reaches over the link, many times
+        slower than its own. If omitted, it stays as it is.
     overflow_limit
         The most bytes of the host's memory that tensors may have so. If omitted, a quarter of it,
         or half of what was free on the GPU at the first call where that is less.
@@ -56,8 +56,9 @@ def set_cap(
     Raises
     ------
     DeviceError
-        If there is no such GPU, or torch has allocated on a GPU already, or tensors cannot overflow
-        there.
+        If there is no such GPU, or torch has allocated on a GPU already, or the environment chose
+        another allocator for torch (`PYTORCH_CUDA_ALLOC_CONF=backend:...`), or tensors cannot
+        overflow there.
     CapExceededError
         If the cap is lowered below what is in use, or has no room for what the process holds
         already and the reserve.
@@ -82,6 +83,8 @@ def set_cap(
             call="set_cap",
             code=0,
         )
+    if not STATE.hooked:
+        require_native()
     hard_cap = HardCap(cap, device=device, page_size=page_size, reserve=reserve)
     _apply_overflow(hard_cap, overflow, overflow_limit)
     ordinal = hard_cap.pager.core_device.info().ordinal

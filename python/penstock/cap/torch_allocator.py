@@ -1,9 +1,10 @@
 """Having torch allocate through the core's functions.
 
-Torch's pluggable allocator refuses to say how large a block may be, so cuDNN's benchmark mode fails
-with it. A subclass of our own, built against the installed torch, says it. Where that cannot be
-built (no compiler, no headers of a CUDA toolkit, another torch), the plain one serves, and the mode
-has to stay off.
+Torch's pluggable allocator leaves out what some programs ask for: how large a block may be (cuDNN's
+benchmark mode), pools of the user's (`torch.cuda.MemPool`), checkpoints of a pool's blocks
+(`torch.compile(mode="reduce-overhead")`). A subclass of our own, built against the installed torch,
+has them. Where that cannot be built (no compiler, no headers of a CUDA toolkit, another torch), the
+plain one serves, and these have to stay off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ __all__ = ["change_to_own", "change_to_plain"]
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("torch_allocator.cpp")
 _ALLOCATE, _FREE = "penstock_malloc", "penstock_free"
-_LARGEST = "penstock_largest_block"
+_BEYOND = (  # what the subclass calls beside the hooks; in the order of the source
+    "penstock_delete",
+    "penstock_largest_block",
+    "penstock_hold_pool",
+    "penstock_pool_uses",
+    "penstock_pool_blocks",
+    "penstock_restore_pool",
+)
 _HOOKS = {  # setters of torch's class, and functions of the core; in the order of the source
     "set_reset_fn": "penstock_empty_cache",
     "set_base_alloc_fn": "penstock_base_alloc",
@@ -58,13 +66,13 @@ def change_to_plain(core: str) -> Any:  # noqa: ANN401
     return hook
 
 
-def change_to_own(core: str) -> bool:
-    """Have torch allocate by our subclass, which also says how large a block may be.
+def change_to_own(core: str) -> str:
+    """Have torch allocate by our subclass, which has what torch's own class leaves out.
 
     Returns
     -------
-    bool
-        Whether that was possible; if not, nothing has changed.
+    str
+        Why that was not possible, in which case nothing has changed; empty if it was.
 
     Raises
     ------
@@ -79,14 +87,18 @@ def change_to_own(core: str) -> bool:
         reason = str(error)
     else:
         library = ctypes.CDLL(core)
-        names = (_ALLOCATE, _FREE, _LARGEST, *_HOOKS.values())
+        names = (_ALLOCATE, _FREE, *_BEYOND, *_HOOKS.values())
         functions = (ctypes.c_void_p * len(names))(*(_address(library, name) for name in names))
         message = ctypes.create_string_buffer(2000)
         if change(functions, message, ctypes.c_size_t(len(message))) != 0:
             raise RuntimeError(message.value.decode(errors="replace"))
-        return True
-    _log.warning("cuDNN's benchmark mode stays off under the hard cap: %s", reason)
-    return False
+        return ""
+    _log.warning(
+        "cuDNN's benchmark mode, torch.cuda.MemPool and torch.compile's reduce-overhead mode stay "
+        "off under the hard cap: %s",
+        reason,
+    )
+    return reason
 
 
 def _address(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:

@@ -1,13 +1,16 @@
 """Penstock's allocator under torch, and torch's own memory functions on top of its figures.
 
 `torch.cuda.memory.CUDAPluggableAllocator` has torch call the core's C functions; what it leaves
-out (streams of other users, private pools of graphs, `empty_cache`) is set through its hooks. With
-such an allocator torch's statistics raise an error, and accelerate, diffusers and training loops
-ask for them: the functions behind them are replaced, for devices that the allocator serves.
+out (streams of other users, private pools of graphs, `empty_cache`) is set through its hooks, or
+added by a subclass (see `torch_allocator`). With such an allocator torch's statistics raise an
+error, and accelerate, diffusers and training loops ask for them: the functions behind them are
+replaced, for devices that the allocator serves. What cannot be had under a hard cap is refused
+where it is asked for, with the reason.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +21,35 @@ from penstock import _core
 from penstock.cap.hard_cap import HardCap
 from penstock.cap.out_of_memory import find_thrower
 from penstock.cap.process import STATE
+from penstock.cap.processes import refuse_sharing
 from penstock.cap.torch_allocator import change_to_own, change_to_plain
 from penstock.errors import DeviceError
 from penstock.torch_private import ContextProp, function_of, replace_function
 
-__all__ = ["hook_torch", "nested_stats"]
+__all__ = ["hook_torch", "nested_stats", "require_native"]
+
+_CHOOSING = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def require_native() -> None:
+    """Refuse a process whose memory comes from another allocator than torch's usual one.
+
+    Raises
+    ------
+    DeviceError
+        Naming the allocator, and the variable of the environment that chose it.
+    """
+    backend = torch.cuda.memory.get_allocator_backend()
+    if backend == "native":
+        return
+    chosen = [f"{name}={os.environ[name]}" for name in _CHOOSING if os.environ.get(name)]
+    source = f", chosen by {chosen[0]}: take it out of there" if chosen else ": do not change it"
+    raise DeviceError(
+        f"a hard cap puts an allocator of its own under torch, and torch has {backend!r}{source}, "
+        "or do without set_cap",
+        call="set_cap",
+        code=0,
+    )
 
 
 def hook_torch(ordinal: int, served: HardCap) -> None:
@@ -51,13 +78,16 @@ def _change_allocator() -> None:
     thrower = find_thrower()
     _core.set_torch_thrower(thrower)
     # While cuDNN tries what is fast, torch looks for its own out-of-memory error.
-    says_largest = bool(thrower) and change_to_own(_core.__file__)
-    if not says_largest:
+    missing = change_to_own(_core.__file__) if thrower else "torch's errors could not be built"
+    if missing:
         STATE.torch_allocators.append(change_to_plain(_core.__file__))
     STATE.hooked = True
     _replace_functions()
-    if not says_largest:
+    if missing:
         _keep_benchmark_off()
+        _refuse_checkpoints(missing)
+    _limit_pools(missing)
+    refuse_sharing(lambda device: device.type == "cuda" and device.index in STATE.caps)
 
 
 def nested_stats(allocator: _core.CachingAllocator) -> dict[str, Any]:
@@ -109,6 +139,44 @@ def _refuse_snapshot(*arguments: object) -> Any:  # noqa: ANN401
         "memory snapshots are of torch's own allocator, which a hard cap replaces; "
         "penstock.memory_stats() and penstock.memory_summary() have the figures"
     )
+
+
+def _refuse_checkpoints(reason: str) -> None:
+    def refuse(*arguments: object) -> Any:  # noqa: ANN401
+        raise DeviceError(
+            'torch.compile(mode="reduce-overhead") asks the allocator for checkpoints of a pool\'s '
+            f"blocks, which it has not under this hard cap: {reason}. Use another mode, or install "
+            "a C++ compiler and the headers of a CUDA toolkit",
+            call="set_cap",
+            code=0,
+        )
+
+    for name in ("getCheckpointState", "setCheckpointPoolState", "checkPoolLiveAllocations"):
+        replace_function(f"_cuda_{name}", refuse)
+
+
+def _limit_pools(reason: str) -> None:
+    """Let torch.cuda.MemPool be made where its memory is counted; else refuse it."""
+    theirs = torch.cuda.MemPool.__init__
+
+    def init(
+        self: torch.cuda.MemPool,
+        allocator: Any = None,  # noqa: ANN401
+        *arguments: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        why = "a pool with an allocator of its own takes memory past the cap; leave that out"
+        if reason:
+            why = f"{reason}; install a C++ compiler and the headers of a CUDA toolkit"
+        if reason or allocator is not None:
+            raise DeviceError(
+                f"this torch.cuda.MemPool cannot be had under a hard cap: {why}",
+                call="MemPool",
+                code=0,
+            )
+        theirs(self, None, *arguments, **options)
+
+    setattr(torch.cuda.MemPool, "__init__", init)  # noqa: B010
 
 
 def _keep_benchmark_off() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -195,6 +196,21 @@ def test_hard_cap_needs_a_gpu() -> None:
     assert process.current_cap("cuda") is None
 
 
+def test_an_allocator_chosen_by_the_environment_contradicts_a_hard_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = "backend:cudaMallocAsync"
+    monkeypatch.setattr("penstock.cap.set_cap.require_cuda", lambda *_: None)
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", chosen)
+    with pytest.raises(DeviceError, match=f"'cudaMallocAsync', chosen by .*{chosen}: take it out"):
+        penstock.set_cap("1GiB")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    with pytest.raises(DeviceError, match="'cudaMallocAsync': do not change it"):
+        penstock.set_cap("1GiB")
+    assert process.current_cap("cuda:0") is None
+
+
 def test_figures_are_those_that_torch_prints(
     shared: HardCap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,17 +325,94 @@ def test_what_cannot_be_built_for_torchs_allocator_changes_nothing(
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(built, "_HEADER", "missing_cuda_runtime_api.h")
     with caplog.at_level(logging.WARNING):
-        assert not torch_allocator.change_to_own(_core.__file__)
-    assert "benchmark mode stays off" in caplog.text
+        reason = torch_allocator.change_to_own(_core.__file__)
+    assert reason in caplog.text
+    assert "MemPool and torch.compile's reduce-overhead mode stay off" in caplog.text
     assert (
         "without CUDA" if missing == "libtorch_cuda" else "missing_cuda_runtime_api.h"
-    ) in caplog.text
+    ) in reason
 
 
 def test_core_has_the_functions_that_torchs_allocator_calls() -> None:
     core = ctypes.CDLL(_core.__file__)
-    names = [torch_allocator._ALLOCATE, torch_allocator._FREE, torch_allocator._LARGEST]
+    names = [torch_allocator._ALLOCATE, torch_allocator._FREE, *torch_allocator._BEYOND]
     assert all(hasattr(core, name) for name in (*names, *torch_allocator._HOOKS.values()))
+
+
+def test_functions_are_handed_over_in_the_order_in_which_they_are_taken() -> None:
+    source = torch_allocator._SOURCE.read_text()
+    struct = source.split("struct PenstockFunctions {")[1].split("};")[0]
+    taken = re.findall(r"\(\*(\w+)\)\(", struct)
+    given = [torch_allocator._ALLOCATE, torch_allocator._FREE, *torch_allocator._BEYOND]
+    given += torch_allocator._HOOKS.values()
+    assert [name.removeprefix("penstock_") for name in given] == [
+        {"allocate": "malloc", "delete_block": "delete"}.get(name, name) for name in taken
+    ]
+
+
+REFUSED_WITHOUT_THE_SUBCLASS = """
+import torch, penstock
+from penstock.cap import torch_hook
+for name in ("getCheckpointState", "setCheckpointPoolState", "checkPoolLiveAllocations"):
+    setattr(torch._C, f"_cuda_{name}", None)
+class MemPool:
+    def __init__(self, allocator=None, use_on_oom=False):
+        self.made = (allocator, use_on_oom)
+torch.cuda.MemPool = MemPool
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except penstock.DeviceError as error:
+        return str(error)
+    raise AssertionError("it went through")
+torch_hook._limit_pools("")
+assert MemPool(use_on_oom=True).made == (None, True)
+assert "allocator of its own" in refused(MemPool, object())
+torch_hook._limit_pools("no compiler")
+assert "no compiler" in refused(MemPool)
+torch_hook._refuse_checkpoints("no compiler")
+text = refused(torch._C._cuda_checkPoolLiveAllocations, 0, (0, 1), set())
+assert "reduce-overhead" in text and "no compiler" in text
+"""
+
+
+def test_what_cannot_be_had_is_refused_where_it_is_asked_for() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", REFUSED_WITHOUT_THE_SUBCLASS], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+SENT = """
+import multiprocessing, pickle, torch, penstock
+from multiprocessing.reduction import ForkingPickler
+from penstock.cap import processes
+processes.refuse_sharing(lambda device: device.type == "cpu")
+tensor = torch.ones(3)
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except penstock.DeviceError as error:
+        assert "'cpu'" in str(error) and "tensor.cpu()" in str(error), error
+    else:
+        raise AssertionError("it went through")
+context = multiprocessing.get_context("spawn")
+loop = []
+loop.append(loop)
+for queue in (context.Queue(), context.JoinableQueue()):
+    nested = [loop, {"a": (tensor,)}]
+    for value in (tensor, nested, torch.nn.Parameter(tensor), tensor.untyped_storage()):
+        refused(queue.put, value)
+    queue.put([loop, "a", torch.ones(3, device="meta")])
+    assert queue.get(timeout=60)[1] == "a"
+refused(tensor.untyped_storage()._share_cuda_)
+assert torch.equal(pickle.loads(pickle.dumps(tensor)), tensor)
+"""
+
+
+def test_tensors_whose_memory_cannot_be_shared_are_refused_where_they_are_sent() -> None:
+    ran = subprocess.run([sys.executable, "-c", SENT], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_cache_that_others_can_write_to_is_not_used(
