@@ -19,6 +19,7 @@ __all__ = [
     "TRIED",
     "ContextProp",
     "TorchDispatchMode",
+    "before_sharing",
     "change_count",
     "current_stream",
     "function_of",
@@ -36,6 +37,7 @@ __all__ = [
 TRIED = {
     "ContextProp": "2.11",
     "TorchDispatchMode": "2.11 to 2.13",
+    "before_sharing": "2.11 to 2.13",
     "change_count": "2.11 to 2.13",
     "current_stream": "2.11",
     "function_of": "2.11 to 2.13",
@@ -83,6 +85,18 @@ def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
 def holds_values_elsewhere(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class that holds its values in tensors of its own."""
     return type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def before_sharing(look: Callable[[torch.UntypedStorage], None]) -> None:
+    """Have a function called with each storage on a GPU before another process is let at it."""
+    storages: Any = torch.UntypedStorage
+    theirs = storages._share_cuda_
+
+    def share(self: torch.UntypedStorage, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        look(self)
+        return theirs(self, *args, **kwargs)
+
+    storages._share_cuda_ = share
 
 
 def function_of(name: str) -> Callable[..., Any] | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from penstock.errors import DeviceError
+from penstock.torch_private import before_sharing
 
 __all__ = ["refuse_sharing"]
 
@@ -41,21 +42,20 @@ def refuse_sharing(is_served: Callable[[torch.device], bool]) -> None:
             code=0,
         )
 
-    def guard(owner: type, name: str, holders: Callable[..., Iterator[_Holder]]) -> None:
-        theirs = getattr(owner, name)
+    def guard(queue: Any) -> None:  # noqa: ANN401
+        theirs = queue.put
 
         @wraps(theirs)
-        def guarded(self: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
-            for value in holders(self, *arguments, **options):
+        def put(self: Any, obj: Any, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+            for value in _held(obj):
                 refuse(value)
-            return theirs(self, *arguments, **options)
+            theirs(self, obj, *arguments, **options)
 
-        setattr(owner, name, guarded)
+        queue.put = put
 
-    # Of whatever is pickled for a process, what lies on a GPU passes here.
-    guard(torch.UntypedStorage, "_share_cuda_", lambda self, *_, **__: iter((self,)))
-    for queue in (Queue, JoinableQueue):
-        guard(queue, "put", lambda _, obj, *__, **___: _held(obj))
+    before_sharing(refuse)
+    guard(Queue)
+    guard(JoinableQueue)
 
 
 def _held(value: Any) -> Iterator[_Holder]:  # noqa: ANN401

@@ -157,7 +157,8 @@ def _refuse_checkpoints(reason: str) -> None:
 
 def _limit_pools(reason: str) -> None:
     """Let torch.cuda.MemPool be made where its memory is counted; else refuse it."""
-    theirs = torch.cuda.MemPool.__init__
+    pools: Any = torch.cuda.MemPool
+    theirs = pools.__init__
 
     def init(
         self: torch.cuda.MemPool,
@@ -176,7 +177,7 @@ def _limit_pools(reason: str) -> None:
             )
         theirs(self, None, *arguments, **options)
 
-    setattr(torch.cuda.MemPool, "__init__", init)  # noqa: B010
+    pools.__init__ = init
 
 
 def _keep_benchmark_off() -> None:
