@@ -152,7 +152,7 @@ def test_stacks_are_those_of_who_made_the_memory(recorder: StackRecorder) -> Non
     tensor = make_large()
     first, *_ = recorder.stack_of(tensor.data_ptr())
     assert first.endswith("in make_large")
-    assert "test_figures.py" in first
+    assert "test_cap_stats.py" in first
     tensor.add_(1)
     tensor.view(2, -1).mul_(2)
     assert recorder.stack_of(tensor.data_ptr())[0] == first

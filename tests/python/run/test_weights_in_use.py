@@ -669,7 +669,7 @@ FORKED = """
 import os
 import torch
 from penstock import ModelError
-from python.test_weights_in_use import X, Pair, same_bits
+from python.run.test_weights_in_use import X, Pair, same_bits
 
 torch.set_num_threads(1)
 pair = Pair({pager!r})
