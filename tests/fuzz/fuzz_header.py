@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz.mutate import mutate_bytes, mutate_file, mutate_json
 from penstock.checkpoint import open_checkpoint
 from penstock.errors import CheckpointError
-from python import oracle
+from python.checkpoint import oracle
 from python.checkpoint.checkpoint_files import VALID, entry, index, pack
 from python.checkpoint.malformed import BLOBS
 
