@@ -7,7 +7,7 @@ namespace penstock {
 void* CachingAllocator::take_overflow(Lock& lock, std::size_t requested, StreamHandle stream) {
   // A graph would go on using the address after the block is freed, which only its pool knows of.
   const bool is_private = !begun_.empty() && pool_of(stream).is_private;
-  if (is_private) return nullptr;
+  if (is_private || requested < kLeastOverflow) return nullptr;
   const std::uint64_t sequence = ++sequence_;
   lock.unlock();
   const std::optional<LiveBlock> block = overflow_.take(requested, stream, sequence);
@@ -15,7 +15,7 @@ void* CachingAllocator::take_overflow(Lock& lock, std::size_t requested, StreamH
   if (!block) return nullptr;
   const std::size_t nbytes = block->nbytes;
   overflowed_ += static_cast<std::int64_t>(nbytes);
-  parts_.stats.apply(Heap::side_of(nbytes), [&](SideStats& figures) {
+  parts_.stats.apply(Side::kLarge, [&](SideStats& figures) {
     figures.allocation.increase(1);
     figures.segment.increase(1);
     figures.active.increase(1);
@@ -31,7 +31,7 @@ bool CachingAllocator::free_overflow(void* address) {
   const std::optional<LiveBlock> block = overflow_.give(address);
   if (!block) return false;
   overflowed_ -= static_cast<std::int64_t>(block->nbytes);
-  parts_.stats.apply(Heap::side_of(block->nbytes), [&](SideStats& figures) {
+  parts_.stats.apply(Side::kLarge, [&](SideStats& figures) {
     figures.allocation.decrease(1);
     figures.segment.decrease(1);
     figures.active.decrease(1);

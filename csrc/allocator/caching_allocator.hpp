@@ -10,7 +10,7 @@
 // fit among what is mapped for the stream; new frames, while the cap allows; frames that this
 // allocator holds for other streams or at other addresses and that nobody uses, after their
 // stream's work is over; blocks that are held back, after a wait; frames of others (RoomSource).
-// Then, where the user allows it, the request is served from the host's memory (Overflow). Only
+// Then, where the user allows it, a large request is served from the host's memory (Overflow). Only
 // then is a request refused, and nothing has changed but that caches are smaller.
 //
 // Private pools: while one is begun, requests on the streams that its filter names are served from
@@ -118,7 +118,7 @@ class CachingAllocator : public RoomSource {
   /// The live block that starts at an address, if any.
   std::optional<LiveBlock> find_block(const void* address) const;
 
-  /// What requests get when the cap is full; nothing unless it is given a limit. Blocks come
+  /// What large requests get when the cap is full; nothing unless it is given a limit. Blocks come
   /// and go through the allocator.
   Overflow& overflow() noexcept { return overflow_; }
   const std::shared_ptr<FramePool>& pool() const noexcept { return pool_; }
@@ -127,6 +127,7 @@ class CachingAllocator : public RoomSource {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
+  static constexpr std::size_t kLeastOverflow = std::size_t{1} << 20;
   struct Begun {
     BlockPool* pool;
     StreamFilter filter;

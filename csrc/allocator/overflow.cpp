@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <iterator>
 #include <utility>
 
 namespace penstock {
@@ -11,20 +10,6 @@ namespace {
 
 constexpr std::size_t kUnit = std::size_t{1} << 20;  // so that similar sizes share their memory
 constexpr int kRounds = 8;  // of waiting for one request, while others take what comes free
-
-std::size_t piece_size(std::size_t requested) {
-  if (requested > kUnit) return (requested + kUnit - 1) / kUnit * kUnit;
-  std::size_t nbytes = kBlockAlignment;
-  while (nbytes < requested) nbytes *= 2;
-  return nbytes;
-}
-
-template <typename Element>
-Element take_last(std::vector<Element>& elements) {
-  Element last = elements.back();
-  elements.pop_back();
-  return last;
-}
 
 }  // namespace
 
@@ -38,13 +23,15 @@ void Overflow::set_limit(std::size_t nbytes) {
 
 // A block that was freed on this very stream, or that nothing uses any more.
 Overflow::Piece* Overflow::find_free(std::size_t nbytes, StreamHandle stream) {
-  Shelf& shelf = shelves_[nbytes];
-  const auto quick = shelf.quick.find(stream.value);
-  if (quick != shelf.quick.end() && !quick->second.empty()) return take_last(quick->second);
-  if (shelf.free.empty()) return nullptr;
-  Piece* piece = take_last(shelf.free);
-  --piece->range->free;
-  return piece;
+  Piece* found = nullptr;
+  for (const auto& [address, piece] : pieces_) {
+    if (piece->nbytes != nbytes) continue;
+    if (piece->state == BlockState::kQuick && piece->stream.value == stream.value) {
+      return piece.get();
+    }
+    if (piece->state == BlockState::kFree) found = piece.get();
+  }
+  return found;
 }
 
 LiveBlock Overflow::hand_out(Piece& piece, std::size_t requested, StreamHandle stream,
@@ -59,43 +46,23 @@ LiveBlock Overflow::hand_out(Piece& piece, std::size_t requested, StreamHandle s
   return describe(piece);
 }
 
-void Overflow::shelve(Piece& piece) {
-  piece.state = BlockState::kFree;
-  shelves_[piece.nbytes].free.push_back(&piece);
-  ++piece.range->free;
-}
-
-// A piece of a new range, and the range's other ones on their shelf; null where the device has no
-// memory. The bytes are counted before there are any.
-Overflow::Piece* Overflow::make(Lock& lock, std::size_t nbytes) {
-  const std::size_t whole = std::max(nbytes, kUnit);
-  std::unique_ptr<Range> range;
-  stats_.held += whole;
+// Null where the device has no memory. The bytes are counted before there are any.
+std::unique_ptr<Overflow::Piece> Overflow::make(Lock& lock, std::size_t nbytes) {
+  auto piece = std::make_unique<Piece>();
+  stats_.held += nbytes;
   lock.unlock();
   try {
-    range.reset(
-        new Range{{device_, whole, Access::kReadWrite}, std::vector<Piece>(whole / nbytes)});
-    device_->managed_stay(range->memory.address(), whole);
+    piece->memory = std::make_unique<ManagedRange>(device_, nbytes, Access::kReadWrite);
+    device_->managed_stay(piece->memory->address(), nbytes);
+    piece->start = piece->memory->address();
+    piece->nbytes = nbytes;
   } catch (const std::exception& error) {
     device_->suppress(error.what());
-    range.reset();
+    piece.reset();
   }
   lock.lock();
-  if (!range) {
-    stats_.held -= whole;
-    return nullptr;
-  }
-  std::byte* start = range->memory.address();
-  for (Piece& piece : range->pieces) {
-    piece.range = range.get();
-    piece.start = start;
-    piece.nbytes = nbytes;
-    pieces_.emplace(start, &piece);
-    start += nbytes;
-  }
-  for (std::size_t i = range->pieces.size(); i-- > 1;) shelve(range->pieces[i]);
-  ranges_.push_back(std::move(range));
-  return &ranges_.back()->pieces.front();
+  if (!piece) stats_.held -= nbytes;
+  return piece;
 }
 
 std::optional<LiveBlock> Overflow::take(std::size_t requested, StreamHandle stream,
@@ -103,39 +70,37 @@ std::optional<LiveBlock> Overflow::take(std::size_t requested, StreamHandle stre
   const RelaxedCapture relaxed(*device_);
   Lock lock(mutex_);
   if (requested > stats_.limit) return std::nullopt;
-  const std::size_t nbytes = piece_size(requested);
+  const std::size_t nbytes = (requested + kUnit - 1) / kUnit * kUnit;
   for (int round = 0; round < kRounds; ++round) {
     retire();
-    Piece* piece = find_free(nbytes, stream);
-    if (piece == nullptr && stats_.held <= stats_.limit &&
-        std::max(nbytes, kUnit) <= stats_.limit - stats_.held) {
-      piece = make(lock, nbytes);
-      if (piece == nullptr) return std::nullopt;
+    if (Piece* piece = find_free(nbytes, stream)) {
+      return hand_out(*piece, requested, stream, sequence);
     }
-    if (piece != nullptr) return hand_out(*piece, requested, stream, sequence);
+    if (stats_.held <= stats_.limit && nbytes <= stats_.limit - stats_.held) {
+      std::unique_ptr<Piece> piece = make(lock, nbytes);
+      if (!piece) return std::nullopt;
+      Piece& made = *piece;
+      pieces_.emplace(made.start, std::move(piece));
+      return hand_out(made, requested, stream, sequence);
+    }
     if (release_free(lock) == 0 && !wait_for_freed(lock)) return std::nullopt;
   }
   return std::nullopt;
 }
 
 std::size_t Overflow::release_free(Lock& lock) {
-  for (auto& [nbytes, shelf] : shelves_) {
-    const auto leaves = [](const Piece* piece) { return piece->range->unused(); };
-    shelf.free.erase(std::remove_if(shelf.free.begin(), shelf.free.end(), leaves),
-                     shelf.free.end());
-  }
-  const auto first_unused =
-      std::partition(ranges_.begin(), ranges_.end(),
-                     [](const std::unique_ptr<Range>& range) { return !range->unused(); });
-  std::vector<std::unique_ptr<Range>> leaving(std::make_move_iterator(first_unused),
-                                              std::make_move_iterator(ranges_.end()));
-  if (leaving.empty()) return 0;
-  ranges_.erase(first_unused, ranges_.end());
+  std::vector<std::unique_ptr<Piece>> leaving;
   std::size_t nbytes = 0;
-  for (const std::unique_ptr<Range>& range : leaving) {
-    nbytes += range->memory.nbytes();
-    for (const Piece& piece : range->pieces) pieces_.erase(piece.start);
+  for (auto at = pieces_.begin(); at != pieces_.end();) {
+    if (at->second->state != BlockState::kFree) {
+      ++at;
+      continue;
+    }
+    nbytes += at->second->nbytes;
+    leaving.push_back(std::move(at->second));
+    at = pieces_.erase(at);
   }
+  if (leaving.empty()) return 0;
   lock.unlock();
   leaving.clear();
   lock.lock();
@@ -145,14 +110,10 @@ std::size_t Overflow::release_free(Lock& lock) {
 
 // Whether there was something to wait for.
 bool Overflow::wait_for_freed(Lock& lock) {
-  for (auto& [nbytes, shelf] : shelves_) {
-    for (const auto& [stream, pieces] : shelf.quick) {
-      for (Piece* piece : pieces) {
-        piece->state = BlockState::kHeld;
-        held_back_.hold(piece, {piece->stream});
-      }
-    }
-    shelf.quick.clear();
+  for (const auto& [address, piece] : pieces_) {
+    if (piece->state != BlockState::kQuick) continue;
+    piece->state = BlockState::kHeld;
+    held_back_.hold(piece.get(), {piece->stream});
   }
   const std::vector<Event> events = held_back_.pending();
   if (events.empty()) return false;
@@ -171,13 +132,13 @@ bool Overflow::wait_for_freed(Lock& lock) {
 void Overflow::retire() {
   retired_.clear();
   held_back_.retire(retired_);
-  for (Block* block : retired_) shelve(static_cast<Piece&>(*block));
+  for (Block* block : retired_) block->state = BlockState::kFree;
 }
 
 Overflow::Piece* Overflow::live(const void* address) const {
   const auto found = pieces_.find(address);
   if (found == pieces_.end() || found->second->state != BlockState::kLive) return nullptr;
-  return found->second;
+  return found->second.get();
 }
 
 LiveBlock Overflow::describe(const Piece& piece) {
@@ -190,10 +151,8 @@ std::optional<LiveBlock> Overflow::give(void* address) {
   if (piece == nullptr) return std::nullopt;
   const LiveBlock block = describe(*piece);
   stats_.live -= piece->nbytes;
-  if (piece->streams.empty()) {
-    piece->state = BlockState::kQuick;
-    shelves_[piece->nbytes].quick[piece->stream.value].push_back(piece);
-  } else {
+  piece->state = BlockState::kQuick;
+  if (!piece->streams.empty()) {
     piece->streams.push_back(piece->stream);
     piece->state = BlockState::kHeld;
     held_back_.hold(piece, piece->streams);

@@ -1,10 +1,6 @@
 // Blocks in managed memory that stays on the host, for requests that the cap has no room for. The
 // device reaches them over the link, where they are: nothing moves to it, so they are not charged
-// to the cap but bounded by a limit of their own. A block of a MiB or more is a range of its own,
-// in whole MiB; smaller ones share a range of one MiB with others of their size, a power of two.
-//
-// Small requests are served too: a program whose large tensors lie here goes on making small ones,
-// and where the first of them was refused, nothing would have been gained.
+// to the cap but bounded by a limit of their own. Each block is a range of its own, in whole MiB.
 //
 // Stream order is that of the allocator: a freed block goes to the next request of its size on its
 // own stream at once, to other streams after the work that its streams had been given is over. What
@@ -21,7 +17,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <unordered_map>
 #include <vector>
 
 #include "allocator/hold_back.hpp"
@@ -67,30 +62,16 @@ class Overflow {
 
  private:
   using Lock = std::unique_lock<std::mutex>;
-  struct Range;
   struct Piece : Block {
-    Range* range = nullptr;
+    std::unique_ptr<ManagedRange> memory;
     StreamHandle stream;                ///< That it was taken on.
     std::vector<StreamHandle> streams;  ///< Others that use it.
-  };
-  struct Range {
-    ManagedRange memory;
-    std::vector<Piece> pieces;  // of one size
-    std::size_t free = 0;       // pieces that nothing uses any more
-
-    bool unused() const noexcept { return free == pieces.size(); }
-  };
-  /// Pieces of one size that may be handed out.
-  struct Shelf {
-    std::vector<Piece*> free;
-    std::unordered_map<void*, std::vector<Piece*>> quick;  // freed on a stream, for that stream
   };
 
   LiveBlock hand_out(Piece& piece, std::size_t requested, StreamHandle stream,
                      std::uint64_t sequence);
   Piece* find_free(std::size_t nbytes, StreamHandle stream);
-  Piece* make(Lock& lock, std::size_t nbytes);
-  void shelve(Piece& piece);
+  std::unique_ptr<Piece> make(Lock& lock, std::size_t nbytes);
   std::size_t release_free(Lock& lock);
   bool wait_for_freed(Lock& lock);
   void retire();
@@ -100,10 +81,8 @@ class Overflow {
   std::shared_ptr<Device> device_;
   mutable std::mutex mutex_;
   HoldBack held_back_;
-  std::vector<std::unique_ptr<Range>> ranges_;
-  std::map<std::size_t, Shelf> shelves_;            // by the size of pieces
-  std::unordered_map<const void*, Piece*> pieces_;  // by address
-  std::vector<Block*> retired_;                     // kept for its memory
+  std::map<const void*, std::unique_ptr<Piece>> pieces_;  // by address
+  std::vector<Block*> retired_;                           // kept for its memory
   OverflowStats stats_;
 };
 

@@ -3,7 +3,7 @@
 `set_cap` puts an allocator of Penstock's under torch, on the same frames that weights stream
 through. Before it refuses a request it makes room: cached frames first, then weights of models that
 nobody uses, then residents by next use, then frames of the ring down to what a step needs. What
-requests still lack they can have of the host, if that was chosen. Managers made without a cap
+large requests still lack they can have of the host, if that was chosen. Managers made without a cap
 of their own share what is left. What the process holds beyond the ledger (the CUDA context,
 kernels, libraries that ask the driver themselves) is watched and charged as well.
 """
@@ -87,7 +87,7 @@ class HardCap:
         return watch
 
     def set_overflow(self, overflow: Overflow, limit: int | str | None = None) -> None:
-        """Say what happens to a request for which no room can be made; see `set_cap`.
+        """Say what happens to a large request for which no room can be made; see `set_cap`.
 
         Raises
         ------

@@ -46,9 +46,9 @@ def set_cap(
         Bytes to charge beyond what is measured: so much may such memory grow between two looks
         without crossing the cap. If omitted, 128 MiB, or a 48th of the cap where that is less.
     overflow
-        What a request gets when no room can be made for it: `"refuse"`, an error, which is how it
-        is at first; `"managed"`, memory of the host that the GPU reaches over the link, many times
-        slower than its own. If omitted, it stays as it is.
+        What a request of a mebibyte or more gets when no room can be made for it: `"refuse"`, an
+        error, which is how it is at first; `"managed"`, memory of the host that the GPU reaches
+        over the link, many times slower than its own. If omitted, it stays as it is.
     overflow_limit
         The most bytes of the host's memory that tensors may have so. If omitted, a quarter of it,
         or half of what was free on the GPU at the first call where that is less.
