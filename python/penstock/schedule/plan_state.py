@@ -56,7 +56,6 @@ TRANSITIONS = {
         Event.PLANNED_BY_TIMES: PlanState.SETTLED,
     },
     PlanState.SETTLED: {
-        Event.PASS: PlanState.SETTLED,
         Event.PLANNED: PlanState.UNTIMED,
         Event.PLANNED_BY_TIMES: PlanState.SETTLED,
     },

@@ -194,11 +194,17 @@ class Planning:
 
     def _follow(self, event: Event) -> None:
         before, self._state = self._state, TRANSITIONS[self._state][event]
-        if PlanState.TRACING in (before, self._state):
-            tracing = self._state is PlanState.TRACING
-            self._memory.streamer.set_trace(tracing or self._trace)
+        if self._state is before:
+            return
+        # A new plan without times leaves timing on: the pass after the next one is timed anyway.
+        if self._state is PlanState.TRACING:
+            self._memory.streamer.set_trace(True)
+        elif self._state in (PlanState.TRACED, PlanState.SETTLED):
+            self._memory.streamer.set_trace(self._trace)
 
     def _improve_by_times(self, order: Order) -> None:
+        if self._state is PlanState.SETTLED:
+            return
         if self._state is PlanState.TRACED:
             # Where threads run beside each other, their steps overlap.
             seconds = [max(0.0, each) for each in self._memory.streamer.step_seconds()]

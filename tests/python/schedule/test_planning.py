@@ -134,16 +134,28 @@ def test_states_follow_each_other_until_the_plan_is_settled() -> None:
         found.append(planning.state)
     settled = PlanState.SETTLED
     assert found == [PlanState.UNTIMED, PlanState.TRACING, PlanState.TRACED, settled, settled]
-    assert memory.streamer.tracing == [True, False]
+    assert memory.streamer.tracing == [True, False, False]
 
 
-def test_a_plan_made_while_a_pass_is_timed_ends_the_timing() -> None:
+def test_timing_ends_whatever_is_planned_meanwhile() -> None:
     memory = Memory(Streamer([0.6, 0.2]))
     planning = Planning("m", cast(ModelMemory, memory), trace=False)
-    planning.pass_ended(ORDER)
-    planning.pass_ended(ORDER)
+    tracing = memory.streamer.tracing
+    for _ in range(2):
+        planning.pass_ended(ORDER)
     planning.renew(ORDER)  # the room has changed
-    assert (planning.state, memory.streamer.tracing) == (PlanState.UNTIMED, [True, False])
+    assert (planning.state, tracing) == (PlanState.UNTIMED, [True])
+    for _ in range(3):
+        planning.pass_ended(ORDER)
+    assert (planning.state, tracing[-1]) == (PlanState.SETTLED, False)
+    other = (*ORDER, ORDER[0])
+    for _ in range(9):  # another order, until the plan is for it alone, and a pass is timed
+        planning.pass_ended(other)
+        if planning.state is PlanState.TRACING:
+            break
+    for _ in range(20):  # then the first one, whose times are known
+        planning.pass_ended(ORDER)
+    assert (planning.state, tracing[-1]) == (PlanState.SETTLED, False)
 
 
 def test_every_state_is_reached_and_left() -> None:
