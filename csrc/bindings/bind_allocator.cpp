@@ -150,7 +150,7 @@ void bind_allocator(py::module_& module) {
           [](CachingAllocator& allocator, std::size_t nbytes) {
             allocator.overflow().set_limit(nbytes);
           },
-          py::arg("nbytes"), "Let requests take so much of the host's memory; 0: none.")
+          py::arg("nbytes"), "Let large requests take so much of the host's memory; 0: none.")
       .def(
           "overflow_stats",
           [](CachingAllocator& allocator) { return allocator.overflow().stats(); },

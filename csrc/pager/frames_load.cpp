@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "device/copy_costs.hpp"
 #include "device/ranges.hpp"
 #include "error/error.hpp"
 #include "pager/frames_region.hpp"
@@ -13,9 +14,6 @@ namespace penstock {
 namespace {
 
 constexpr std::uint8_t kPoison = 0xFF;  // a NaN in every floating-point format
-// Each copy and what orders it takes some microseconds of the host, so that of little bytes is made
-// for several steps: as much as the link moves in 0.3 ms.
-constexpr std::size_t kLittle = std::size_t{16} << 20;
 
 }  // namespace
 
@@ -51,7 +49,7 @@ std::size_t FramesRegion::load_ahead(const std::vector<PageIndex>& pages) {
 void FramesRegion::find_least_load() {
   // What the largest step reads is in use meanwhile, and half of the rest is on its way.
   const std::size_t half = (ring_ - std::min(ring_, largest_step_)) / 2;
-  least_load_ = std::max<std::size_t>(1, std::min(kLittle / page_size_, half));
+  least_load_ = std::max<std::size_t>(1, std::min(kLittleCopy / page_size_, half));
 }
 
 bool FramesRegion::shares_place(PageIndex page, PageIndex first) const {
@@ -71,7 +69,7 @@ std::size_t FramesRegion::run_to_load(const std::vector<PageIndex>& pages, std::
     const PageIndex next = pages[i];
     if (next >= first && next < first + count) continue;  // steps that follow each other share it
     if (next != first + count || in_place(pages_[next], next)) break;
-    const bool little = count * page_size_ < kLittle;
+    const bool little = count * page_size_ < kLittleCopy;
     if (!capture_ && !little && schedule_.next_use(next, now_) != use) break;
     if (shares_place(next, first)) break;
     if (!may_load(next)) return capture_ && !waits_for_newest() ? 0 : count;  // soon there is more

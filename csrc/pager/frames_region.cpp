@@ -131,25 +131,26 @@ bool FramesRegion::begin_pages(const std::vector<PageIndex>& pages, StreamHandle
 
 void FramesRegion::order_after_load(Page& page, StreamHandle stream) {
   if (!page.ready) return;
+  if (capture_) {
+    std::uint64_t& known = capture_->loads[stream.value];
+    if (page.load <= known) return;
+    known = page.load;
+    device_->event_wait(stream, page.ready->get());
+    return;
+  }
   // A load that is over is waited for here: that tells at once whether it failed, where a stream
-  // would tell later, somewhere else. A capture cannot ask. On a GPU asking costs more than
-  // ordering does, and a failure is there to stay: only a page that stays is asked for, until it is
-  // there.
+  // would tell later, somewhere else. On a GPU asking costs more than ordering does, and a failure
+  // is there to stay: only a page that stays is asked for, until it is there.
   const bool asks = waits_pass_errors_ || places_[page.place].pages.size() == 1;
-  if (!capture_ && asks && device_->event_done(page.ready->get())) {
+  if (asks && device_->event_done(page.ready->get())) {
     if (waits_pass_errors_) device_->event_synchronize(page.ready->get());
     page.ready.reset();
     return;
   }
   // Most pages of a step, and of its neighbours, come by one copy.
-  if (!capture_ && ordered_after(page.ready, stream)) return;
-  if (capture_) {
-    std::uint64_t& known = capture_->loads[stream.value];
-    if (page.load <= known) return;
-    known = page.load;
-  }
+  if (ordered_after(page.ready, stream)) return;
   device_->event_wait(stream, page.ready->get());
-  if (!capture_) awaited_[stream.value] = page.ready;
+  awaited_[stream.value] = page.ready;
 }
 
 bool FramesRegion::ordered_after(const Event& load, StreamHandle stream) const {

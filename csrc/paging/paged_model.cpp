@@ -68,14 +68,10 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
     }
     step = find_step(operation, ranges, count);
     if (begins_pass(step, operation.in_backward)) change_pass(step, stream, lock);
-    if (is_mine(operation.in_backward)) {
-      note(step);
-      at = guessing_ && count > 0 ? guess_for(ranges, count) : step;
-    } else {
-      ++beside_;
-    }
     hold.pages = steps_[step].pages;
-    holders_.push_back(std::this_thread::get_id());
+    if (count_in(step, operation.in_backward)) {
+      at = guessing_ && count > 0 ? guess_for(ranges, count) : step;
+    }
   }
   try {
     hold.in_place = !streamer_->tracing() && region_->begin_in_place(*hold.pages);
@@ -99,14 +95,14 @@ bool PagedModel::begin_at_once(const PagingOperation& operation, const PagingRan
   if (!lock || is_captured({operation.stream})) return false;
   const std::optional<StepId> step = known_step(operation, ranges, count);
   if (!step || begins_pass(*step, operation.in_backward)) return false;
-  if (!region_->begin_in_place(*steps_[*step].pages)) return false;
-  if (is_mine(operation.in_backward)) {
-    note(*step);
-  } else {
-    ++beside_;
-  }
-  holders_.push_back(std::this_thread::get_id());
   hold = {*step, true, false, steps_[*step].pages};
+  if (!region_->begin_in_place(*hold.pages)) return false;
+  try {
+    count_in(*step, operation.in_backward);
+  } catch (...) {
+    region_->end(*hold.pages, {operation.stream});
+    throw;
+  }
   return true;
 }
 

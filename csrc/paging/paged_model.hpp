@@ -177,6 +177,9 @@ class PagedModel {
   /// @param worth_learning  Whether such a pass may come again. @return what to tell of it, if any.
   std::optional<PassEnd> close_pass(StreamHandle stream, bool worth_learning);
   void follow_order_of(StepId first);
+  /// Counts an operation that begins: as a step of the pass, if it is one, and as one that holds
+  /// pages. @return whether it is a step of the pass.
+  bool count_in(StepId step, bool in_backward);
   /// Notes a step of the pass.
   void note(StepId step);
   bool goes_round() const;

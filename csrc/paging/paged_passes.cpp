@@ -88,6 +88,17 @@ void PagedModel::follow_order_of(StepId first) {
   streamer_->follow(followed_, std::move(order));
 }
 
+bool PagedModel::count_in(StepId step, bool in_backward) {
+  const bool mine = is_mine(in_backward);
+  if (mine) {
+    note(step);
+  } else {
+    ++beside_;
+  }
+  holders_.push_back(std::this_thread::get_id());
+  return mine;
+}
+
 void PagedModel::note(StepId step) {
   if (capturing_) return;
   pass_.push_back(step);

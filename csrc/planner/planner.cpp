@@ -25,8 +25,6 @@ constexpr std::size_t kRingBytesInDoubt = std::size_t{64} << 20;
 constexpr double kAsGood = 1.001;    // times that are as good as the best one
 constexpr double kRoomPrice = 1.05;  // what such room may cost
 
-// Copies below this cost the host more than the link; see FramesRegion::least_load.
-constexpr std::size_t kLittleBytes = std::size_t{16} << 20;
 constexpr std::size_t kLittleShare = 16;  // of the frames that may stay
 
 class Planner {
@@ -70,7 +68,7 @@ class Planner {
   // The ring for little pages: beside the largest step, room for a copy of several steps' pages and
   // for the one behind it, as far as that takes little from what stays.
   std::size_t ring_for_copies(std::size_t step) const {
-    const std::size_t pages = kLittleBytes / request_.page_size;  // of such a copy
+    const std::size_t pages = kLittleCopy / request_.page_size;  // of such a copy
     const std::size_t room = std::min(2 * pages, spare() / kLittleShare);
     return pages < 2 || room == 0 ? 1 : step + room;
   }

@@ -22,19 +22,13 @@
 #include <limits>
 #include <vector>
 
+#include "device/copy_costs.hpp"
 #include "page_table/schedule.hpp"
 
 namespace penstock {
 
 using SlotIndex = std::uint32_t;
 inline constexpr SlotIndex kResident = std::numeric_limits<SlotIndex>::max();
-
-/// What an asynchronous copy costs however small it is: 64 KiB take 3.6 us where the link's rate
-/// alone would be 1.2 us, and 4 MiB 2 us more than their bytes (H200, pinned memory).
-inline constexpr double kSecondsPerCopy = 2e-6;
-
-/// From the end of a step to the start of a copy on another stream that waits for its event.
-inline constexpr double kSecondsPerWait = 10e-6;
 
 struct PlanRequest {
   std::size_t page_count = 0;

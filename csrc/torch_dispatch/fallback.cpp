@@ -33,7 +33,7 @@ void take_care(const Signature& signature, torch::jit::Stack* stack) {
 void see(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const PagingApi* api = paging_api();
   if (api == nullptr) {
-    op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
+    op.redispatchBoxed(below_key(keys), stack);
     return;
   }
   const Operation operation{op, keys, signature_of(op), *api};

@@ -39,17 +39,16 @@ struct Kernel;
 template <class Operator, class Result, class... Arguments>
 struct Kernel<Operator, Result(Arguments...)> {
   static Result run(c10::DispatchKeySet keys, Arguments... arguments) {
-    const auto below = keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
     Uses uses;
     (read(arguments, uses), ...);
     const PagingApi* api = paging_api();
     if (api == nullptr || uses.ranges.empty()) {
-      return Operator::redispatch(below, std::forward<Arguments>(arguments)...);
+      return Operator::redispatch(below_key(keys), std::forward<Arguments>(arguments)...);
     }
     static const Signature& signature = signature_of(
         c10::Dispatcher::singleton().findSchemaOrThrow(Operator::name, Operator::overload_name));
     HeldRanges held(*api, paging_operation(signature, uses.device), uses.ranges);
-    Result result = Operator::redispatch(below, std::forward<Arguments>(arguments)...);
+    Result result = Operator::redispatch(below_key(keys), std::forward<Arguments>(arguments)...);
     held.release();
     return result;
   }

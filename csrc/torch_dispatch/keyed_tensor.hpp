@@ -15,6 +15,11 @@ namespace penstock::torch_dispatch {
 
 inline constexpr c10::DispatchKey kKey = c10::DispatchKey::DeferredInit;
 
+/// What comes below the key, for going on with an operation there.
+inline c10::DispatchKeySet below_key(c10::DispatchKeySet keys) {
+  return keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey);
+}
+
 inline bool is_keyed(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->key_set().has(kKey);  // an undefined tensor has no key
 }

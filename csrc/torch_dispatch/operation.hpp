@@ -20,9 +20,7 @@ struct Operation {
 
   /// Runs it on the arguments on top of the stack, which its results replace. The key stays on for
   /// the thread, so that operations inside it come to the fallback too.
-  void go_on(torch::jit::Stack* stack) const {
-    op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
-  }
+  void go_on(torch::jit::Stack* stack) const { op.redispatchBoxed(below_key(keys), stack); }
 
   /// Runs it with these ranges held.
   void run_holding(const Ranges& ranges, const std::optional<c10::Device>& device,

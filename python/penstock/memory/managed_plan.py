@@ -65,24 +65,24 @@ def plan_managed(
     rules
         Pages that have to stay, and those that must not.
     """
-    pinned, streamed = set(rules.keep), set(rules.stream).difference(rules.keep)
+    keep, stream = set(rules.keep), set(rules.stream).difference(rules.keep)
     read = list(dict.fromkeys(page for step in steps for page in step))
     compute = sum(seconds)
-    stay = pinned.union(read) - streamed
-    if len(pinned.union(read)) <= frames:
-        nbytes = len(streamed.intersection(read)) * page_size
+    stay = keep.union(read) - stream
+    if len(keep.union(read)) <= frames:
+        nbytes = len(stream.intersection(read)) * page_size
         ring = frames - len(stay) if nbytes else 0
         seconds_of_pass = max(nbytes / link_rate, compute)
         return ManagedPlan(tuple(sorted(stay)), ring, nbytes, seconds_of_pass)
-    lacking = len(pinned.union(read)) - frames
-    frames -= len(pinned)
+    lacking = len(keep.union(read)) - frames
+    frames -= len(keep)
     ring = max(1, min(_best_ring(lacking, page_size), frames * 3 // 4))
     while True:
         batch = max(1, ring // BATCHES)
-        loads = _loads(steps, ring, 1 - (frames - ring) / len(set(read) - pinned))
-        room = _Room(pinned, streamed, frames - ring, batch)
-        room.keep_of_large_steps(steps, loads, ring - batch)
-        room.keep(read, loads)
+        loads = _loads(steps, ring, 1 - (frames - ring) / len(set(read) - keep))
+        room = _Room(keep, stream, frames - ring, batch)
+        room.choose_of_large_steps(steps, loads, ring - batch)
+        room.choose(read, loads)
         needed = max(len(set(step) - room.kept) for step in steps) + batch
         if needed <= ring or ring == frames:
             break
@@ -104,26 +104,28 @@ def _best_ring(lacking: int, page_size: int) -> int:
 
 
 class _Room:
-    """Pages that stay: those that are pinned, and `left` more that may be chosen.
+    """Pages that stay: those that have to, and `left` more that may be chosen.
 
     Parameters
     ----------
-    pinned, streamed
+    keep, stream
         Pages that have to stay, and those that must not.
     batch
         Of pages that pass between those that stay.
     """
 
-    def __init__(self, pinned: set[int], streamed: set[int], left: int, batch: int) -> None:
-        self.kept = set(pinned)
-        self._streamed = streamed
+    def __init__(self, keep: set[int], stream: set[int], left: int, batch: int) -> None:
+        self.kept = set(keep)
+        self._stream = stream
         self._left = left
         self._batch = batch
 
-    def keep(self, pages: Iterable[int], loads: Mapping[int, int], most: int | None = None) -> None:
+    def choose(
+        self, pages: Iterable[int], loads: Mapping[int, int], most: int | None = None
+    ) -> None:
         """Choose some of the pages, those first that a pass would load most often."""
         most = self._left if most is None else min(most, self._left)
-        free = [page for page in pages if page not in self.kept and page not in self._streamed]
+        free = [page for page in pages if page not in self.kept and page not in self._stream]
         for level in sorted({loads[page] for page in free}, reverse=True):
             same = [page for page in free if loads[page] == level]
             chosen = _runs(same, min(most, len(same)), self._batch)
@@ -131,7 +133,7 @@ class _Room:
             self._left -= len(chosen)
             most -= len(chosen)
 
-    def keep_of_large_steps(
+    def choose_of_large_steps(
         self, steps: Sequence[Sequence[int]], loads: Mapping[int, int], limit: int
     ) -> None:
         """Leave no step with more than `limit` pages that pass, or with as few more as can be."""
@@ -140,7 +142,7 @@ class _Room:
         while sum(max(0, len(pages) - limit) for pages in large) > self._left:
             limit += 1
         for pages, step in large.items():
-            self.keep(dict.fromkeys(step), loads, max(0, len(pages - self.kept) - limit))
+            self.choose(dict.fromkeys(step), loads, max(0, len(pages - self.kept) - limit))
 
 
 def _loads(steps: Sequence[Sequence[int]], ring: int, share: float) -> dict[int, int]:
