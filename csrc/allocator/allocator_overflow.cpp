@@ -1,13 +1,33 @@
 // What the allocator has beside its frames: blocks that overflow to the host. They are in torch's
 // figures as others are, and in none of those that say what frames are needed for.
+#include <algorithm>
+
 #include "allocator/caching_allocator.hpp"
 
 namespace penstock {
 
-void* CachingAllocator::take_overflow(Lock& lock, std::size_t requested, StreamHandle stream) {
+namespace {
+
+// What large requests leave to small ones, and at most which part of the cap.
+constexpr std::size_t kSmallRoom = std::size_t{8} << 20;
+constexpr std::size_t kSmallPart = 64;
+
+}  // namespace
+
+bool CachingAllocator::may_overflow(std::size_t requested, StreamHandle stream) {
   // A graph would go on using the address after the block is freed, which only its pool knows of.
   const bool is_private = !begun_.empty() && pool_of(stream).is_private;
-  if (is_private || requested < kLeastOverflow) return nullptr;
+  return !is_private && requested >= kLeastOverflow && overflow_.stats().limit > 0;
+}
+
+std::size_t CachingAllocator::spare_frames(std::size_t requested, StreamHandle stream) {
+  if (!may_overflow(requested, stream)) return 0;
+  const std::size_t frame = pool_->frame_size();
+  return std::min(std::max(kSmallRoom, frame), pool_->budget().cap() / kSmallPart) / frame;
+}
+
+void* CachingAllocator::take_overflow(Lock& lock, std::size_t requested, StreamHandle stream) {
+  if (!may_overflow(requested, stream)) return nullptr;
   const std::uint64_t sequence = ++sequence_;
   lock.unlock();
   const std::optional<LiveBlock> block = overflow_.take(requested, stream, sequence);

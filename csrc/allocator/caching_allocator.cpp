@@ -118,6 +118,13 @@ bool CachingAllocator::take_frames(std::size_t count, std::vector<Frame>& frames
   return true;
 }
 
+void* CachingAllocator::grow(const Growth& growth, std::vector<Frame>& frames,
+                             std::size_t requested) {
+  frames.erase(frames.begin() + static_cast<std::ptrdiff_t>(growth.frames), frames.end());
+  if (pressure_.listening()) pressure_.note_use(requested, pool_->budget().stats());
+  return hand_out(growth.arena->grow(growth, frames), requested);
+}
+
 void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbytes,
                                         StreamHandle stream) {
   const RelaxedCapture relaxed(*device_);
@@ -125,6 +132,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
   std::vector<Frame> frames;  // for this request, not mapped yet; what is left is given back
   Lock lock(mutex_);
   bool last = false;
+  const std::size_t spare = spare_frames(requested, stream);
   for (int round = 0; round < kRounds; ++round) {
     retire();
     Heap& heap = heap_of(stream);
@@ -133,10 +141,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
     if (block != nullptr) return hand_out(block, requested);
     if (nbytes > pool_->budget().cap()) break;
     const Growth growth = heap.plan(nbytes);
-    if (take_frames(growth.frames, frames)) {
-      if (pressure_.listening()) pressure_.note_use(requested, pool_->budget().stats());
-      return hand_out(growth.arena->grow(growth, frames), requested);
-    }
+    if (take_frames(growth.frames + spare, frames)) return grow(growth, frames, requested);
     if (last) break;
     if (!turn.taken()) {
       ++parts_.stats.num_alloc_retries;
@@ -145,7 +150,7 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
       lock.lock();
       continue;
     }
-    const std::size_t missing = growth.frames - frames.size();
+    const std::size_t missing = growth.frames + spare - frames.size();
     if (reclaim(lock, missing, &growth, frames) > 0 || wait_for_held(lock)) continue;
     lock.unlock();
     last = !make_room(requested, missing);
@@ -153,6 +158,11 @@ void* CachingAllocator::allocate_slowly(std::size_t requested, std::size_t nbyte
   }
   frames.clear();  // so that the numbers are without them
   if (void* address = take_overflow(lock, requested, stream)) return address;
+  if (spare > 0) {
+    const Growth growth = heap_of(stream).plan(nbytes);
+    if (take_frames(growth.frames, frames)) return grow(growth, frames, requested);
+    frames.clear();
+  }
   ++parts_.stats.num_ooms;
   if (pressure_.listening()) pressure_.note_refusal(requested, pool_->budget().stats());
   throw refusal(requested);

@@ -151,6 +151,11 @@ class CachingAllocator : public RoomSource {
   CapExceededError refusal(std::size_t requested) const;
   std::vector<LiveBlock> largest_blocks(std::size_t count) const;
   static LiveBlock describe(const Block& block);
+  /// Hands a block out where there are frames for it; those beyond are given back.
+  void* grow(const Growth& growth, std::vector<Frame>& frames, std::size_t requested);
+  bool may_overflow(std::size_t requested, StreamHandle stream);
+  /// Frames that a request which may overflow leaves free, for those which may not.
+  std::size_t spare_frames(std::size_t requested, StreamHandle stream);
   void* take_overflow(Lock& lock, std::size_t requested, StreamHandle stream);
   bool free_overflow(void* address);
   template <typename Visit>

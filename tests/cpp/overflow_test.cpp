@@ -88,6 +88,29 @@ TEST_F(OverflowTest, SmallRequestsAndThoseBeyondTheLimitAreRefused) {
   drop(inside);
 }
 
+TEST(OverflowRoom, LargeRequestsLeaveSomeToSmallOnes) {
+  AllocatorSetup setup(64);
+  Overflow& overflow = setup.allocator->overflow();
+  overflow.set_limit(8 * kMiB);
+  std::vector<void*> large;
+  while (overflow.stats().live == 0) large.push_back(setup.take(2 * kFrame));
+  EXPECT_EQ(large.size(), 32U);  // the last of them overflows
+  std::vector<void*> small;
+  for (int i = 0; i < 1000; ++i) small.push_back(setup.take(1 + i % 512));
+  EXPECT_LE(setup.used_frames(), 64U);
+  // Where the host has no more, what is left is there for all.
+  for (void* block : small) setup.allocator->free(block);
+  large.push_back(setup.take(4 * kMiB));
+  EXPECT_EQ(overflow.stats().live, 8 * kMiB);
+  large.push_back(setup.take(2 * kFrame));
+  EXPECT_EQ(setup.used_frames(), 64U);
+  EXPECT_THROW(setup.take(kMiB), CapExceededError);
+  for (void* block : large) setup.allocator->free(block);
+  setup.allocator->empty_cache();
+  EXPECT_TRUE(setup.balanced());
+  EXPECT_EQ(setup.used_frames(), 0U);
+}
+
 TEST_F(OverflowTest, FreedMemoryServesItsStreamAtOnceAndOthersWhenItsWorkIsOver) {
   const OwnedStream first(setup_.spy);
   const OwnedStream second(setup_.spy);

@@ -573,8 +573,13 @@ def overflow():
             block.record_stream(other)
             del block
         assert not any(value.item() for value in values)
+        del values
+        while hard_cap.allocator.overflow_stats().live < 64 * MIB:
+            held.append(torch.empty(8 * MIB, dtype=torch.uint8, device="cuda"))
+        small = [torch.full((1 + i % 700,), i, device="cuda") for i in range(1000)]
+        assert all((value == i).all() for i, value in enumerate(small))
     finally:
-        del held
+        held = small = None
     assert driver_used() - base <= hard_cap.pager.cap
 
 
