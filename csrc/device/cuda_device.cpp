@@ -82,6 +82,12 @@ std::string CudaDevice::unavailable_reason() {
   int devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
   static_cast<void>(cudaGetLastError());
+  int driver_version = 0;
+  const bool asked = cudaDriverGetVersion(&driver_version) == cudaSuccess;
+  static_cast<void>(cudaGetLastError());
+  if (status == cudaErrorInsufficientDriver && asked && driver_version == 0) {
+    return "this system has no NVIDIA GPU, or does not show it to this process";
+  }
   if (status != cudaSuccess) return cudaGetErrorString(status);
   return devices > 0 ? "" : "no CUDA device is visible to this process";
 }

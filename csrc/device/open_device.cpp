@@ -60,7 +60,7 @@ std::shared_ptr<Device> open_device(const std::string& name) {
     const std::string reason =
         count == 0 ? no_cuda_reason()
                    : "this process sees " + std::to_string(count) + " CUDA device(s)";
-    throw DeviceError("open_device(\"" + name + "\")", ordinal,
+    throw DeviceError("open_device(\"" + name + "\")", 0,
                       reason + ". Use device=\"cpu\", or make the GPU visible");
   }
 #ifdef PENSTOCK_HAS_CUDA

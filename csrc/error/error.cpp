@@ -5,7 +5,8 @@
 namespace penstock {
 
 DeviceError::DeviceError(const std::string& call_name, int error_code, const std::string& detail)
-    : Error(call_name + " failed: " + detail + " (code " + std::to_string(error_code) + ")"),
+    : Error(call_name + " failed: " + detail +
+            (error_code == 0 ? "" : " (code " + std::to_string(error_code) + ")")),
       call(call_name),
       code(error_code) {}
 

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <string>
 
-#include "device/copy_costs.hpp"
 #include "device/ranges.hpp"
 #include "error/error.hpp"
+#include "page_table/copy_costs.hpp"
 #include "pager/frames_region.hpp"
 #include "pager/page_runs.hpp"
 

@@ -100,12 +100,14 @@ CapExceededError FramesRegion::refusal(std::size_t frames) const {
   const auto in_use = static_cast<std::size_t>(
       std::count_if(pages_.begin(), pages_.end(), [](const Page& page) { return page.pins > 0; }));
   const std::size_t wanted = frames * page_size_;
+  const std::size_t least = std::max(ledger.used + wanted, in_use * page_size_);
   const std::size_t held = places_.size() * page_size_;
   return {"cannot take " + format_bytes(wanted) + " more for a region of " + format_bytes(nbytes_) +
-              ", which holds " + format_bytes(held) + ", " + format_bytes(in_use * page_size_) +
-              " of it being read now: the cap is " + format_bytes(ledger.cap) + " and " +
-              format_bytes(ledger.used) + " are in use. Raise the cap to at least " +
-              format_bytes(ledger.used + wanted) + ", or use less at once.",
+              ", which holds " + format_bytes(held) + " and needs " +
+              format_bytes(in_use * page_size_) + " at once: the cap is " +
+              format_bytes(ledger.cap) + " and " + format_bytes(ledger.used) +
+              " are in use. Raise the cap to at least " + format_bytes(least) +
+              ", or use less at once.",
           wanted, ledger.cap, ledger.used};
 }
 

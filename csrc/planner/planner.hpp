@@ -22,7 +22,7 @@
 #include <limits>
 #include <vector>
 
-#include "device/copy_costs.hpp"
+#include "page_table/copy_costs.hpp"
 #include "page_table/schedule.hpp"
 
 namespace penstock {

@@ -85,7 +85,7 @@ def _keyless(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _numpy(theirs: Callable[..., Any], self: torch.Tensor, *, force: bool = False) -> Any:  # noqa: ANN401
-    if self.requires_grad and not force:
+    if self.requires_grad and torch.is_grad_enabled() and not force:
         return theirs(self)  # torch's own refusal
     array = theirs(_plain(self.detach()), force=force)
     array.flags.writeable = False  # it is a copy: what is written to it would be lost

@@ -153,6 +153,8 @@ READS: dict[str, Callable[[Any], object]] = {
     "numpy": lambda w: torch.tensor(w.detach().numpy()),
     "array": lambda w: torch.tensor(np.asarray(w.detach().numpy())),
     "numpy of a part": lambda w: torch.tensor(w.detach()[3:5, ::2].numpy()),
+    "numpy without gradients": torch.no_grad()(lambda w: torch.tensor(w.numpy())),
+    "array without gradients": torch.no_grad()(lambda w: torch.tensor(np.asarray(w))),
     "numpy by force": lambda w: torch.tensor(w.numpy(force=True)),
     "dlpack": lambda w: torch.from_dlpack(w.detach()),
     "dlpack by method": lambda w: torch.utils.dlpack.from_dlpack(w.detach().__dlpack__()),
