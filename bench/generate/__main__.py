@@ -34,7 +34,6 @@ _SMALL = {"layers": 6, "hidden": 512, "vocabulary": 1024}
 _FULL_CAPS = [4 * GIB, 8 * GIB, 12 * GIB]
 _SMALL_CAPS = [12 * MIB, 24 * MIB]
 _CASES = ("resident", "penstock", "accelerate")
-_PASSES_TO_SETTLE = 8  # after which Penstock's plan changes no more
 
 
 def main() -> int:
@@ -54,7 +53,6 @@ def main() -> int:
             cap=0,
             prompt=options.prompt,
             tokens=options.tokens,
-            warm_tokens=2,
             link_bytes=32 * MIB if options.quick else GIB,
             block_bytes=8 * MIB if options.quick else GIB,
         )
@@ -81,8 +79,6 @@ def main() -> int:
 def tell(told: Options, name: str, cap: int | None, peer_tokens: int) -> Options:
     """Return the options of one case."""
     changed = replace(told, cap=cap or 0)
-    if name.startswith("penstock"):
-        return replace(changed, warm_tokens=_PASSES_TO_SETTLE)
     if name == "accelerate":
         return replace(changed, tokens=min(told.tokens, peer_tokens))
     return changed
@@ -92,7 +88,9 @@ def parse() -> argparse.Namespace:
     def sizes(text: str) -> list[int]:
         return [parse_bytes(part) for part in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.generate", description=(__doc__ or "").split("\n")[0]
+    )
     add_options(parser, LOADERS, _CASES, quick="a tiny model", limits=(90, 300))
     add = parser.add_argument
     add("--caps", type=sizes, help="for weights, separated by commas; default: 4GiB,8GiB,12GiB")

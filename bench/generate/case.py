@@ -21,20 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import penstock
-from bench.harness.case_process import figures_of, warm_device
+from bench.harness.case_process import figures_of, measure_case
 from bench.harness.random_weights import random_block, write_weights
 from penstock.bench import memory
 from penstock.bench.case_report import report
 from penstock.bench.machine import describe_machine
-from penstock.bench.measure import link_rate, synchronize
+from penstock.bench.measure import synchronize
 from penstock.bench.models import build, llama_config, resident_model
 from penstock.bench.subject import UnavailableError
 from penstock.loading.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
-
-_WATCH_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,9 @@ class Options:
     ----------
     cap
         Bytes of device memory for weights.
-    prompt, tokens, warm_tokens
-        Tokens given, generated and timed, and generated before that.
+    prompt, tokens
+        Tokens given, and generated: once before it is timed, since what the first use of a length
+        takes (choosing kernels), and of a plan (arranging pages), is not what a token takes.
     """
 
     directory: str
@@ -57,7 +56,6 @@ class Options:
     cap: int
     prompt: int
     tokens: int
-    warm_tokens: int
     link_bytes: int
     block_bytes: int
 
@@ -197,53 +195,35 @@ def write_all(options: Options) -> dict[str, Any]:
 
 def measure(name: str, options: Options) -> dict[str, Any]:
     """Load a case's model, generate, and watch memory."""
-    device = torch.device(options.device)
-    if name == "penstock-hard-cap":
-        if device.type != "cuda":
-            raise UnavailableError("a hard cap needs a GPU")
-        penstock.set_cap(options.cap, device=options.device)
-    figures: dict[str, Any] = {}
-    with torch.no_grad(), ExitStack() as stack:
-        warm_device(device)
-        baseline = memory.Baseline.take(device)
-        with memory.Watch(device, _WATCH_SECONDS) as loading:
-            start = time.perf_counter()
-            subject = LOADERS[name](options, stack)
-            synchronize(device)
-            figures["load_seconds"] = time.perf_counter() - start
-        link = subject.link or link_rate(device, options.link_bytes)
-        generator = torch.Generator().manual_seed(7)
-        ids = torch.randint(0, options.vocabulary, (1, options.prompt), generator=generator)
-        ids = ids.to(device)
-        generate(subject, ids, options.warm_tokens, device)
-        figures |= generate(subject, ids, options.tokens, device)
-        # Looking costs time, so what is looked at is done once more.
-        with memory.Watch(device, _WATCH_SECONDS) as running:
-            generate(subject, ids, options.tokens, device)
-        figures["figures"] = dict(subject.figures())
-        after = link if subject.link else link_rate(device, options.link_bytes)
-        figures["link"] = (link + after) / 2 if link and after else None
-        figures |= baseline.figures(loading, running)
-        figures["driver_peak_bytes"] = max(loading.device_bytes, running.device_bytes)
-        figures["pinned_bytes"] = subject.pinned()
-        figures["note"] = subject.note
-    return figures
+
+    def run(subject: Subject) -> dict[str, Any]:
+        generate(subject, options)
+        return generate(subject, options)
+
+    def run_watched(subject: Subject) -> dict[str, Any]:
+        generate(subject, options)
+        return {"figures": dict(subject.figures())}
+
+    return measure_case(
+        name, options, lambda stack: LOADERS[name](options, stack), run, run_watched
+    )
 
 
-def generate(
-    subject: Subject, ids: torch.Tensor, tokens: int, device: torch.device
-) -> dict[str, Any]:
+def generate(subject: Subject, options: Options) -> dict[str, Any]:
     """Generate greedily; return the tokens, and figures of each but the first, the prompt's."""
     from transformers import LogitsProcessorList
 
+    device = torch.device(options.device)
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, options.vocabulary, (1, options.prompt), generator=generator).to(device)
     times = TokenTimes(subject, device)
     synchronize(device)
     start = time.perf_counter()
     found = subject.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
+        min_new_tokens=options.tokens,
+        max_new_tokens=options.tokens,
         do_sample=False,
         pad_token_id=0,
         logits_processor=LogitsProcessorList([times]),

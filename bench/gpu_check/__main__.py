@@ -1,5 +1,7 @@
 """The main job on a GPU, measured: a model larger than its cap, bit-identical, and what it moves.
 
+    python -m bench.gpu_check [--layers 16] [--cap 2GiB] [--json FILE]
+
 Writes random weights as a checkpoint, runs them all resident and under a cap, compares bits, and
 measures the managed pager against a pinned copy in the same run. Exits with an error if a claim
 does not hold. Figures go to a JSON file.
@@ -181,7 +183,9 @@ def run_pager(check: Check, counters: Counters, nbytes: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--cap", type=parse_bytes, default=2 * GIB)
     parser.add_argument("--transfer", type=parse_bytes, default=2 * GIB)

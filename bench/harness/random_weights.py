@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-BLOCK_BYTES = 1 << 30
 _PIECE_BYTES = 64 << 20
 _WRITERS = 8
 _SHIFT = 2 * 1_299_709  # bytes between two tensors' pieces: a prime number of values

@@ -84,7 +84,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pipeline", description=(__doc__ or "").split("\n")[0]
+    )
     add_options(parser, LOADERS, LOADERS, quick="tiny modules, few steps", limits=(150, 540))
     add = parser.add_argument
     add("--cap", type=parse_bytes, help="default: 24GiB, or 55%% of the weights if scaled")

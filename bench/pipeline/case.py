@@ -10,28 +10,24 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import penstock
-from bench.harness.case_process import warm_device
+from bench.harness.case_process import measure_case
 from bench.harness.random_weights import random_block, write_weights
 from bench.pipeline.models import STAGES, Shape, builder
 from bench.pipeline.subjects import LOADERS, Module, Options, Subject, load_resident
-from penstock.bench import memory
 from penstock.bench.case_report import report
 from penstock.bench.compare import compare, save_reference
 from penstock.bench.machine import describe_machine
-from penstock.bench.measure import link_rate, synchronize
-from penstock.bench.subject import UnavailableError
+from penstock.bench.measure import synchronize
 from penstock.loading.skeleton import build_skeleton
 
 _GUIDANCE = 3.0
-_WATCH_SECONDS = 0.02
 
 
 def write_all(options: Options) -> dict[str, Any]:
@@ -51,47 +47,29 @@ def write_all(options: Options) -> dict[str, Any]:
 
 def measure(name: str, options: Options) -> dict[str, Any]:
     """Load a case's subject, run clips, compare what each stage gives, and watch memory."""
-    device = torch.device(options.device)
-    figures: dict[str, Any] = {"note": ""}
-    hard = name == "penstock-hard-cap"
-    if hard and device.type != "cuda":
-        raise UnavailableError("a hard cap needs a GPU")
-    if hard:
-        penstock.set_cap(options.cap, device=options.device)
     torch.backends.cudnn.deterministic = True
-    with torch.no_grad(), ExitStack() as stack:
-        warm_device(device)
-        baseline = memory.Baseline.take(device)
-        figures["driver_before_bytes"] = baseline.device_bytes
-        with memory.Watch(device, _WATCH_SECONDS) as loading:
-            start = time.perf_counter()
-            subject = LOADERS[name](options, stack)
-            synchronize(device)
-            figures["load_seconds"] = time.perf_counter() - start
-        figures["note"] = subject.note
-        link = subject.link or link_rate(device, options.link_bytes)
-        inputs = Inputs(options)
-        outputs: list[dict[str, torch.Tensor]] = []
-        clips: list[dict[str, dict[str, Any]]] = []
+    clips: list[Clip] = []
+
+    def run_clip(subject: Subject) -> None:
+        clip = Clip(subject, options)
+        clip.run()
+        clips.append(clip)
+
+    def run(subject: Subject) -> dict[str, Any]:
         for _ in range(options.clips):
-            clip = Clip(subject, options, inputs)
-            clip.run()
-            clips.append(clip.stages)
-            outputs.append(clip.outputs)
-        # Looking costs time, so the clip that is looked at is one more.
-        with memory.Watch(device, _WATCH_SECONDS) as running:
-            clip = Clip(subject, options, inputs)
-            clip.run()
-            outputs.append(clip.outputs)
-        after = link if subject.link else link_rate(device, options.link_bytes)
-        figures["link"] = (link + after) / 2 if link and after else None
-        figures |= baseline.figures(loading, running)
-        figures["driver_peak_bytes"] = max(loading.device_bytes, running.device_bytes)
-        figures["pinned_bytes"] = subject.pinned()
-        figures["stages"] = list(clips[-1].values())
-        for stage in figures["stages"]:
-            stage["first_seconds"] = clips[0][stage["stage"]]["seconds"]
-            judge(stage, [clip[stage["stage"]] for clip in outputs], name, options)
+            run_clip(subject)
+        return {"stages": list(clips[-1].stages.values())}
+
+    def run_watched(subject: Subject) -> dict[str, Any]:
+        run_clip(subject)
+        return {}
+
+    figures = measure_case(
+        name, options, lambda stack: LOADERS[name](options, stack), run, run_watched
+    )
+    for stage in figures["stages"]:
+        stage["first_seconds"] = clips[0].stages[stage["stage"]]["seconds"]
+        judge(stage, [clip.outputs[stage["stage"]] for clip in clips], name, options)
     return figures
 
 
@@ -111,10 +89,10 @@ class Inputs:
 class Clip:
     """One run of the pipeline: its times, stage by stage, and what each stage gave."""
 
-    def __init__(self, subject: Subject, options: Options, inputs: Inputs) -> None:
+    def __init__(self, subject: Subject, options: Options) -> None:
         self._subject = subject
         self._options = options
-        self._inputs = inputs
+        self._inputs = Inputs(options)
         self._device = torch.device(options.device)
         self.stages: dict[str, dict[str, Any]] = {}
         self.outputs: dict[str, torch.Tensor] = {}

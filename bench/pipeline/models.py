@@ -214,50 +214,65 @@ class ConvolutionLayer(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)))
 
 
-class Spatial(nn.Module):
+class Upscaler(nn.Module):
+    """Residual convolutions between one that widens and one whose channels the result is made of.
+
+    Parameters
+    ----------
+    convolution
+        `nn.Conv1d` or `nn.Conv2d`.
+    factor
+        How many channels of the last one make one of the result.
+    """
+
+    def __init__(
+        self,
+        convolution: type[nn.Conv1d] | type[nn.Conv2d],
+        channels: int,
+        width: int,
+        layers: int,
+        factor: int,
+    ) -> None:
+        super().__init__()
+        self.embed = convolution(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ConvolutionLayer(lambda: convolution(width, width, 3, padding=1), width)
+            for _ in range(layers)
+        )
+        self.norm = nn.GroupNorm(_GROUPS, width)
+        self.head = convolution(width, channels * factor, 3, padding=1)
+
+    def refine(self, x: torch.Tensor) -> torch.Tensor:
+        """Run through all convolutions."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Spatial(Upscaler):
     """Latents (1, channels, frames, side, side) to twice the side, each frame by itself."""
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        width = shape.spatial_width
-        self.embed = nn.Conv2d(shape.channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            ConvolutionLayer(lambda: nn.Conv2d(width, width, 3, padding=1), width)
-            for _ in range(shape.spatial_layers)
-        )
-        self.norm = nn.GroupNorm(_GROUPS, width)
-        self.head = nn.Conv2d(width, shape.channels * 4, 3, padding=1)
+        super().__init__(nn.Conv2d, shape.channels, shape.spatial_width, shape.spatial_layers, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Upscale."""
-        y = self.embed(x[0].transpose(0, 1))
-        for block in self.blocks:
-            y = block(y)
-        y = F.pixel_shuffle(self.head(self.norm(y)), 2)
+        y = F.pixel_shuffle(self.refine(x[0].transpose(0, 1)), 2)
         return y.transpose(0, 1)[None]
 
 
-class Temporal(nn.Module):
+class Temporal(Upscaler):
     """Latents (1, channels, frames, side, side) to twice the frames, each pixel by itself."""
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        width = shape.temporal_width
-        self.embed = nn.Conv1d(shape.channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            ConvolutionLayer(lambda: nn.Conv1d(width, width, 3, padding=1), width)
-            for _ in range(shape.temporal_layers)
-        )
-        self.norm = nn.GroupNorm(_GROUPS, width)
-        self.head = nn.Conv1d(width, shape.channels * 2, 3, padding=1)
+        super().__init__(nn.Conv1d, shape.channels, shape.temporal_width, shape.temporal_layers, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Upscale."""
         _, channels, frames, height, width = x.shape
-        y = self.embed(x[0].permute(2, 3, 0, 1).reshape(-1, channels, frames))
-        for block in self.blocks:
-            y = block(y)
-        y = self.head(self.norm(y)).view(height, width, channels, 2, frames)
+        y = self.refine(x[0].permute(2, 3, 0, 1).reshape(-1, channels, frames))
+        y = y.view(height, width, channels, 2, frames)
         return y.permute(2, 4, 3, 0, 1).reshape(1, channels, 2 * frames, height, width)
 
 

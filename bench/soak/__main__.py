@@ -221,7 +221,9 @@ def around(when: float, reports: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.soak", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--mode", choices=["cap", "fraction", "two"], default="cap")
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--cap", type=float, help="GiB; of the first process with --mode two")

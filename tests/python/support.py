@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -107,25 +108,42 @@ def _same(found: object, wanted: object) -> bool:
 
 def within(seconds: float, work: Callable[[], T]) -> T:
     """Do the work on another thread, so that a hang is a failed test and not a hanging one."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+    return run_threads(work, seconds=seconds)[0]
 
+
+def run_threads(*works: Callable[[], T], seconds: float = 60) -> list[T]:
+    """Do each work on a thread of its own, all at once; return what they do, or raise an error."""
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
     torch_threads = torch.get_num_threads()
 
-    def run() -> None:
+    def run(number: int, work: Callable[[], T]) -> None:
         torch.set_num_threads(torch_threads)  # each thread has its own, and sums depend on it
         try:
-            results.append(work())
+            results[number] = work()
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), f"not done after {seconds} s"
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0, end - time.monotonic()))
+        assert not thread.is_alive(), f"not done after {seconds} s"
     if errors:
         raise errors[0]
-    return results[0]
+    return [results[number] for number in range(len(works))]
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Wait for a condition; return whether it came to hold within half a minute."""
+    end = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def run_python(code: str, seconds: float = 60) -> str:

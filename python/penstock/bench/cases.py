@@ -71,11 +71,6 @@ class Case:
     long: bool = False
     slow: float = 1.0
 
-    @property
-    def is_penstock(self) -> bool:
-        """Whether it is Penstock that runs."""
-        return self.kind == "penstock"
-
     def apply(self, options: CaseOptions, long_prompt: int | None) -> CaseOptions:
         """Return the options of a run with those of this case; `long_prompt` is for long cases."""
         changed = replace(options, **self.options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -147,10 +147,6 @@ class Pager:
     def link_rate(self) -> float:
         """Bytes per second of copies from pinned memory, measured once."""
         return self._link.begin().result()
-
-    def measure_link(self) -> Future[float]:
-        """Begin to measure `link_rate` on a thread of its own, if nobody has; wait for nothing."""
-        return self._link.begin()
 
     @contextmanager
     def measuring_link(self) -> Iterator[None]:

@@ -15,9 +15,9 @@ class PlanState(Enum):
     UNTIMED = auto()
     """An order of steps, without knowing how long they take."""
     TRACING = auto()
-    """The same, and the pass under way is timed."""
+    """The same, and passes are timed from the one under way on."""
     TRACED = auto()
-    """The same, and the times of a pass can be read as soon as the device is done with it."""
+    """The same, and their times can be read as soon as the device is done with them."""
     SETTLED = auto()
     """An order of steps, by the times that they take."""
 

@@ -3,13 +3,14 @@
 The first plan is for the tensors in the order in which they lie: a guess. From the first passes on
 it is for the order that is expected of them, and where kinds of passes alternate (an encoder and a
 decoder), for two of them together, until one comes several times in a row. A plan for one order is
-made once more when a pass was traced, with the times that its steps took; then it is settled.
+made once more when some passes were traced, with the times that its steps took; then it is settled.
 `plan_state` has the states and what leads from one to the other. Where the room changes later, as
 when the model is used again, the plan is by the times that are known.
 
-In a traced pass every step is timed, so where the host is what a pass waits for, its times are
-longer than those of later passes. They are corrected when some of these have run, and a plan that
-then loads less is made.
+Of each step the shortest time counts: one that was held up, as where the host had other work to
+do, would have the plan load ahead in a pause that later passes do not have. In a traced pass every
+step is timed, so where the host is what a pass waits for, its times are longer than those of later
+passes. They are corrected when some of these have run, and a plan that then loads less is made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Order = tuple[int, ...]
 """The steps of a pass, by their ids."""
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
+_TRACED_PASSES = 3  # before a plan is by the times of steps
 _PASSES = 6  # by a plan, before its times are compared with theirs
 _COMPARED = 3  # passes: the shortest of the last ones counts
 _CORRECTIONS = 3  # of times, at most
@@ -55,6 +57,7 @@ class Planning:
         self._repeats = 0
         self._state = PlanState.GUESSED
         self._renew_later = False
+        self._traced: list[list[float]] = []  # seconds of steps in traced passes of the order
         self._seconds: dict[Order, list[float]] = {}  # that steps took, where that is known
         self._passes = 0  # by the present plan
         self._corrections: dict[Order, int] = {}  # of these times
@@ -188,6 +191,8 @@ class Planning:
                 cap=error.cap,
                 used=error.used,
             ) from None
+        if orders != self._orders:
+            self._traced = []
         self._orders = orders
         self._follow(Event.PLANNED_BY_TIMES if seconds else Event.PLANNED)
         self._passes = 0
@@ -199,7 +204,7 @@ class Planning:
         # A new plan without times leaves timing on: the pass after the next one is timed anyway.
         if self._state is PlanState.TRACING:
             self._memory.streamer.set_trace(True)
-        elif self._state in (PlanState.TRACED, PlanState.SETTLED):
+        elif self._state is PlanState.SETTLED:
             self._memory.streamer.set_trace(self._trace)
 
     def _improve_by_times(self, order: Order) -> None:
@@ -210,7 +215,10 @@ class Planning:
             seconds = [max(0.0, each) for each in self._memory.streamer.step_seconds()]
             if seconds:
                 seconds += [0.0] * (len(order) - len(seconds))
-                self._seconds[order] = seconds[: len(order)]
+                self._traced.append(seconds[: len(order)])
+            if len(self._traced) == _TRACED_PASSES:
+                self._seconds[order] = [min(each) for each in zip(*self._traced, strict=True)]
+                self._traced = []
                 self._plan_for([order])
                 return
         self._follow(Event.PASS)

@@ -13,24 +13,38 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted(file.parent.name for file in ROOT.glob("bench/*/__main__.py"))
 
 
 def run(script: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     file = directory / "found.json"
-    command = [sys.executable, "-m", f"bench.{script}", "--quick", "--device", "cpu", *arguments]
+    quick = ["--quick", "--device", "cpu", "--directory", str(directory), "--json", str(file)]
+    out = run_script(script, *quick, *arguments)
+    assert list(directory.iterdir()) == [file]
+    return json.loads(file.read_text()), out
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Run a benchmark from the repository's root; return what it prints."""
     done = subprocess.run(
-        [*command, "--directory", str(directory), "--json", str(file)],
+        [sys.executable, "-m", f"bench.{script}", *arguments],
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
-        # threads that wait for each other on a busy machine
         cwd=ROOT,
+        # threads that wait for each other on a busy machine
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(directory.iterdir()) == [file]
-    return json.loads(file.read_text()), done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_says_how_it_is_run_and_runs_like_that(script: str) -> None:
+    form = f"python -m bench.{script} "
+    assert form in (ROOT / "bench" / script / "__main__.py").read_text()
+    assert run_script(script, "--help").startswith(f"usage: {form}")
 
 
 def test_pipeline(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from penstock import CapExceededError, PressureEvent, _core
 from penstock.cap import process
 from penstock.cap.hard_cap import HardCap
 from penstock.cap.stacks import StackRecorder
+from python.support import eventually
 
 KIB = 1 << 10
 PAGE = 64 * KIB
@@ -41,15 +42,6 @@ def cap(monkeypatch: pytest.MonkeyPatch) -> HardCap:
     made = hard_cap(64, 2 * PAGE)
     monkeypatch.setattr(process, "current_cap", lambda _: made)
     return made
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 30
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 # ---- figures ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from penstock import built_libraries as built
 from penstock.cap import out_of_memory, process, torch_allocator
 from penstock.cap.hard_cap import HardCap
 from penstock.cap.torch_hook import nested_stats
-from python.support import same_bits
+from python.support import eventually, same_bits
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -438,15 +438,6 @@ def with_outside(
 
 def outside_of(cap: HardCap) -> int:
     return cap.pager.budget.stats().used_by_tag["outside"]
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 30
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 def test_what_the_process_holds_besides_counts_with_a_reserve() -> None:

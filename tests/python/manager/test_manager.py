@@ -29,6 +29,7 @@ from python.support import (
     mlp,
     pinned_pages,
     region_of,
+    run_threads,
     same_bits,
     state_of,
     within,
@@ -570,25 +571,6 @@ def test_wrong_options_are_refused() -> None:
 
 
 # ---- threads -----------------------------------------------------------------------------------
-
-
-def run_threads(*works: Callable[[], None], seconds: float = 60) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(w,), daemon=True) for w in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-        assert not thread.is_alive(), "a thread hangs"
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("cap", [3 * STEP, 5 * STEP, MIB], ids=["three steps", "five", "all fit"])

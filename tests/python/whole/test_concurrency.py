@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from penstock import CapExceededError, MemoryManager, ModelError, Priority
-from python.support import KIB, PAGERS, build, pinned_pages, same_bits, state_of
+from python.support import KIB, PAGERS, build, pinned_pages, run_threads, same_bits, state_of
 
 PAGE = 64 * KIB
 WIDTH = 128
 X = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
-SECONDS = 60
 
 
 class Interrupt(BaseException):
@@ -73,27 +72,6 @@ class Rig:
         assert self.manager.stats().used == 0
 
 
-def run_all(*works: Callable[[], object]) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(work: Callable[[], object]) -> None:
-        torch.set_num_threads(1)
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(w,), daemon=True) for w in works]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + SECONDS
-    for thread in threads:
-        thread.join(max(0, end - time.monotonic()))
-        assert not thread.is_alive(), "a thread hangs"
-    if errors:
-        raise errors[0]
-
-
 @pytest.fixture(params=PAGERS)
 def pager(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -118,7 +96,7 @@ def test_threads_run_a_model_at_the_same_time(pager: str, cap: int) -> None:
         for _ in range(8):
             rig.use("a", 2)
 
-    run_all(work, work, work)
+    run_threads(work, work, work)
     assert rig.manager.stats().peak <= cap * PAGE
     rig.modules["a"].between = lambda step: None
     rig.end()
@@ -167,7 +145,7 @@ def test_an_error_in_one_thread_is_nothing_to_the_next(
         first = threading.current_thread()
         work()
 
-    run_all(start, wait)
+    run_threads(start, wait)
     for _ in range(2):
         rig.manager.release("a", evict=True)
     rig.end()
@@ -255,9 +233,9 @@ def test_a_thread_that_died_inside_a_call_stops_nobody(pager: str) -> None:
             rig.modules["a"](X)
 
     for _ in range(3):
-        run_all(die)
+        run_threads(die)
         rig.modules["a"].between = lambda step: None
-        run_all(lambda: rig.check("a"))
+        run_threads(lambda: rig.check("a"))
         rig.check("a")
     for _ in range(3):
         rig.manager.release("a", evict=True)
@@ -296,7 +274,7 @@ def test_threads_nest_models_under_one_cap(pager: str) -> None:
 
         return run
 
-    run_all(work("a"), work("b"), work("inner"))
+    run_threads(work("a"), work("b"), work("inner"))
     for name in "ab":
         rig.modules[name].between = lambda step: None
     rig.end()
@@ -321,7 +299,7 @@ def test_models_that_call_each_other_in_two_threads_go_on(pager: str) -> None:
         return between
 
     rig.modules["a"].between, rig.modules["b"].between = nest("b"), nest("a")
-    run_all(lambda: rig.use("a", 3), lambda: rig.use("b", 3))
+    run_threads(lambda: rig.use("a", 3), lambda: rig.use("b", 3))
     assert sorted(nested) == ["a"] * 3 + ["b"] * 3
     for name in "ab":
         rig.modules[name].between = lambda step: None
@@ -428,7 +406,7 @@ def test_any_interleaving_leaves_everything_usable(pager: str, seed: int) -> Non
             chaos = Chaos(rig, seed * 1000 + turn * 10 + number)
             return lambda: [chaos.act() for _ in range(3)] and None
 
-        run_all(work(0), work(1))
+        run_threads(work(0), work(1))
         rig.manager.pager.synchronize()
         ledger = rig.manager.stats()
         assert ledger.used <= ledger.cap
