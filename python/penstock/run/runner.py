@@ -20,7 +20,8 @@ from penstock import _core
 from penstock.loading.binding import Binding
 from penstock.memory.model_memory import ModelMemory
 from penstock.run.hooks import CallHooks
-from penstock.schedule.planning import Order, Planning
+from penstock.schedule.planning import Planning
+from penstock.schedule.step_times import Order
 from penstock.torch_private import in_backward
 
 __all__ = ["Runner"]

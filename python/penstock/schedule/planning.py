@@ -7,10 +7,8 @@ made once more when some passes were traced, with the times that its steps took;
 `plan_state` has the states and what leads from one to the other. Where the room changes later, as
 when the model is used again, the plan is by the times that are known.
 
-Of each step the shortest time counts: one that was held up, as where the host had other work to
-do, would have the plan load ahead in a pause that later passes do not have. In a traced pass every
-step is timed, so where the host is what a pass waits for, its times are longer than those of later
-passes. They are corrected when some of these have run, and a plan that then loads less is made.
+`step_times` has what is known of these times. They are corrected when some passes have run by a
+settled plan, and a plan that then loads less is made.
 """
 
 from __future__ import annotations
@@ -21,19 +19,14 @@ from penstock import _core
 from penstock.errors import CapExceededError
 from penstock.memory.model_memory import ModelMemory
 from penstock.schedule.plan_state import TRANSITIONS, Event, PlanState
+from penstock.schedule.step_times import Order, StepTimes
 from penstock.sizes import format_bytes
 
-__all__ = ["Order", "Planning"]
-
-Order = tuple[int, ...]
-"""The steps of a pass, by their ids."""
+__all__ = ["Planning"]
 
 _REPEATS = 8  # passes of one entry point in a row, before the plan is for it alone
-_TRACED_PASSES = 3  # before a plan is by the times of steps
 _PASSES = 6  # by a plan, before its times are compared with theirs
 _COMPARED = 3  # passes: the shortest of the last ones counts
-_CORRECTIONS = 3  # of times, at most
-_MUCH_LESS = 0.9  # of the time that steps were thought to take
 
 
 class Planning:
@@ -57,10 +50,8 @@ class Planning:
         self._repeats = 0
         self._state = PlanState.GUESSED
         self._renew_later = False
-        self._traced: list[list[float]] = []  # seconds of steps in traced passes of the order
-        self._seconds: dict[Order, list[float]] = {}  # that steps took, where that is known
+        self._times = StepTimes()
         self._passes = 0  # by the present plan
-        self._corrections: dict[Order, int] = {}  # of these times
 
     @property
     def state(self) -> PlanState:
@@ -162,22 +153,18 @@ class Planning:
             Whether to plan anew, as passes would load less.
         """
         self._passes += 1
-        if self._passes % _PASSES or self._corrections.get(order, 0) == _CORRECTIONS:
+        if self._passes % _PASSES:
             return False
         # Those that are over, by the device: the latest may not be.
         passes = self._memory.streamer.passes()[-_COMPARED:]
         taken = min((each.seconds - each.stall_seconds for each in passes), default=0.0)
-        known = self._seconds.get(order, [])
-        if not 0.0 < taken < _MUCH_LESS * sum(known):
+        if not self._times.correct(order, taken):
             return False
-        self._corrections[order] = self._corrections.get(order, 0) + 1
-        corrected = [seconds * taken / sum(known) for seconds in known]
-        self._seconds[order] = corrected
-        return self._memory.loads_less(self.pages_of(order), corrected)
+        return self._memory.loads_less(self.pages_of(order), self._times.of(order))
 
     def _plan_for(self, orders: list[Order]) -> None:
         pages = [used for order in orders for used in self.pages_of(order)]
-        seconds = self._seconds.get(orders[0], []) if len(orders) == 1 else []
+        seconds = self._times.of(orders[0]) if len(orders) == 1 else []
         try:
             self._memory.arrange(pages, seconds)
         except CapExceededError as error:
@@ -191,8 +178,6 @@ class Planning:
                 cap=error.cap,
                 used=error.used,
             ) from None
-        if orders != self._orders:
-            self._traced = []
         self._orders = orders
         self._follow(Event.PLANNED_BY_TIMES if seconds else Event.PLANNED)
         self._passes = 0
@@ -211,14 +196,8 @@ class Planning:
         if self._state is PlanState.SETTLED:
             return
         if self._state is PlanState.TRACED:
-            # Where threads run beside each other, their steps overlap.
-            seconds = [max(0.0, each) for each in self._memory.streamer.step_seconds()]
-            if seconds:
-                seconds += [0.0] * (len(order) - len(seconds))
-                self._traced.append(seconds[: len(order)])
-            if len(self._traced) == _TRACED_PASSES:
-                self._seconds[order] = [min(each) for each in zip(*self._traced, strict=True)]
-                self._traced = []
+            seconds = self._memory.streamer.step_seconds()
+            if seconds and self._times.add(order, seconds):
                 self._plan_for([order])
                 return
         self._follow(Event.PASS)
