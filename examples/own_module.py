@@ -1,6 +1,6 @@
 """A module of one's own under a cap: whatever it does, its weights stream while it does it.
 
-python examples/own_module.py --cap 1MiB
+python examples/own_module.py --cap 16MiB
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=12)
     options = parser.parse_args(arguments)
 
-    model, x = Net(options.width, options.depth), torch.ones(2, options.width)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Net(options.width, options.depth).to(device)
+    x = torch.ones(2, options.width, device=device)
     with torch.no_grad():
         wanted = model(x)
-        model = penstock.offload(model, cap=options.cap, device="cpu")  # the only line it takes
+        model = penstock.offload(model, cap=options.cap, device=device)  # the only line it takes
         print("the same bits:", torch.equal(model(x), wanted))
     print(penstock.manager_of(model).report())
 

@@ -83,6 +83,6 @@ def _verdict(found: dict[str, Any]) -> str:
             f"{format_bytes(largest['nbytes'])}"
         )
     return (
-        f"under a cap of {size}: runs module by module, with at most "
-        f"{cap['resident_share']:.0%} resident at once"
+        f"under a cap of {size}: runs if what each operation reads fits, in whole pages, with "
+        f"at most {cap['resident_share']:.0%} resident"
     )

@@ -241,6 +241,9 @@ class MemoryManager(Registration):
             ledger = self._pager.budget.stats()
             if nbytes < ledger.cap:
                 self._residency.give_way(nbytes)
+            for name, model in self._models.items():
+                if model.acquired:
+                    self._require_room(name, nbytes)
             changed = self._pager.budget.try_set_cap(nbytes)
             self._residency.share_again()
             if not changed:

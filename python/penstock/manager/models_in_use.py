@@ -66,18 +66,20 @@ class ModelsInUse:
             If there is no such model.
         """
         with self._lock:
-            runner = self._find(name).runner
-            needed = runner.least_frames() * self._pager.page_size if runner else 0
-            cap = self._pager.cap
-            if needed > cap:
-                raise CapExceededError(
-                    f"model {name!r} has a tensor of {format_bytes(needed)}, in whole pages, that "
-                    f"an operation reads at once, and the cap is {format_bytes(cap)}: raise it to "
-                    "that at least",
-                    requested=needed,
-                    cap=cap,
-                    used=self._pager.budget.stats().used,
-                )
+            self._require_room(name, self._pager.cap)
+
+    def _require_room(self, name: str, cap: int) -> None:
+        runner = self._find(name).runner
+        needed = runner.least_frames() * self._pager.page_size if runner else 0
+        if needed > cap:
+            raise CapExceededError(
+                f"model {name!r} has a tensor of {format_bytes(needed)}, in whole pages, that "
+                f"an operation reads at once, and the cap is {format_bytes(cap)}: raise it to "
+                "that at least",
+                requested=needed,
+                cap=cap,
+                used=self._pager.budget.stats().used,
+            )
 
     def acquire(self, name: str) -> nn.Module:
         """Mark a model as in use, begin to bring it in, and return it.
@@ -222,7 +224,10 @@ class ModelsInUse:
             order to run. Nothing has changed then.
         ModelError
             If there is no such model, or it is reserved with another priority.
+        ValueError
+            If the priority is none.
         """
+        priority = Priority(priority)
 
         def begin() -> None:
             tenant = self._find(name).tenant

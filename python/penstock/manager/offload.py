@@ -93,7 +93,6 @@ def offload(
         )
     manager.adopt(_NAME, model, pin=pin, stream=stream)
     try:
-        manager.require_room(_NAME)
         keep_acquired(manager, _NAME, adopted=True)
     except BaseException:
         manager.give_back(_NAME)
@@ -114,6 +113,7 @@ def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -
     CapExceededError
         If a step of it cannot run under the cap.
     """
+    manager.require_room(name)
     model = manager.acquire(name)
     object.__setattr__(model, "_penstock_offloaded", _Offloaded(manager, adopted))
     return model
@@ -165,5 +165,7 @@ def manager_of(model: nn.Module) -> MemoryManager | None:
 
 
 def _offloaded(model: nn.Module) -> _Offloaded | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     found = model.__dict__.get("_penstock_offloaded")
     return found if isinstance(found, _Offloaded) else None

@@ -62,8 +62,8 @@ class Registration(ModelsInUse):
             A `.safetensors` file, a `*.safetensors.index.json`, a directory with either, a torch
             file (`.pt`, `.bin`), or tensors by name.
         dtype
-            Convert 16, 32 and 64 bit floating-point weights to this; None keeps what the weights
-            have, whatever the module's constructor says.
+            Convert 16, 32 and 64 bit floating-point weights to this, one of such types too; None
+            keeps what the weights have, whatever the module's constructor says.
         strict
             Whether names that the module lacks, and buffers that the weights lack, are an error.
         writable
@@ -90,7 +90,11 @@ class Registration(ModelsInUse):
             If the host tier needs more than `host_budget`, or what is pinned more than the cap.
         DeviceError
             If there is no room for the region.
+        ValueError
+            If `dtype` is not a floating-point type.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is a floating-point torch.dtype or None, not {dtype!r}")
         with self._lock:
             if exist_ok and name in self._models:
                 return
@@ -108,9 +112,9 @@ class Registration(ModelsInUse):
             self._add(name, self._bind(name, module, placements, memory))
 
     def _add(self, name: str, model: RegisteredModel) -> None:
-        self._models[name] = model
         if model.tenant is not None:
             self._residency.add(model.tenant)
+        self._models[name] = model
 
     def _require_new(self, name: str) -> None:
         if name in self._models:

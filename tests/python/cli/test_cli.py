@@ -257,7 +257,7 @@ def test_inspect_shows_people_the_largest_or_all(checkpoint: Path, shell: Shell)
     ("cap", "fits_whole", "largest_fits", "verdict"),
     [
         ("1GiB", True, True, "under a cap of 1.00 GiB: all of it stays resident"),
-        (524288, False, True, "runs module by module, with at most 52% resident at once"),
+        (524288, False, True, "in whole pages, with at most 52% resident"),
         ("524287", False, False, "cannot run, big alone has 512.00 KiB"),
     ],
 )

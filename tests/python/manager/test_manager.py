@@ -864,3 +864,45 @@ def test_closing_is_leaving_it() -> None:
 def test_version_and_names_of_the_package() -> None:
     assert penstock.__version__
     assert all(hasattr(penstock, name) for name in penstock.__all__)
+
+
+@pytest.mark.parametrize("pager", ["managed", "frames"])
+def test_cap_that_a_model_in_use_cannot_run_under_is_refused(pager: str) -> None:
+    manager = manager_with(mlp_256, state_of(build(mlp_256)), cap="1MiB", pager=pager)
+    with torch.no_grad(), manager.use("m") as model:
+        x = torch.ones(1, 256)
+        wanted = model(x)
+        with pytest.raises(CapExceededError):
+            manager.set_cap("64KiB")
+        assert manager.stats().cap == 1 << 20
+        assert torch.equal(model(x), wanted)
+
+
+def mlp_256() -> nn.Sequential:
+    return mlp(256, 256, 256)
+
+
+def test_what_is_no_priority_policy_or_dtype_is_refused_and_nothing_changes() -> None:
+    manager = manager_with(mlp_256, state_of(build(mlp_256)), cap="1MiB")
+    with pytest.raises(ValueError, match="Priority"):
+        manager.reserve("m", priority="high")  # type: ignore[arg-type]
+    assert "m:" in manager.report()
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(ValueError, match="floating-point"):
+            manager.register("n", mlp_256, state_of(build(mlp_256)), dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="'n'"):
+        manager.acquire("n")
+    with pytest.raises(ValueError, match="`order`"):
+        MemoryManager(cap="1MiB", device="cpu", policy=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="size"):
+        MemoryManager(cap="1MiB", device="cpu", host_budget="abc")
+
+
+def test_what_is_no_module_is_refused_by_its_type() -> None:
+    for call in (
+        penstock.restore,
+        penstock.manager_of,
+        lambda each: penstock.offload(each, cap=1 << 20),
+    ):
+        with pytest.raises(TypeError, match="not str"):
+            call("abc")  # type: ignore[arg-type]
