@@ -114,7 +114,7 @@ def drawn(title: str) -> list[list[str]]:
     found = re.search(rf"^{title} +(\S.*?)^(?:\S|```)", text, re.MULTILINE | re.DOTALL)
     if not found:
         raise SystemExit(f"CONTRIBUTING.md draws no rooms of {title}")
-    return [re.findall(r"\w+", group) for group in found[1].split("->")]
+    return [re.findall(r"[\w/]+", group) for group in found[1].split("->")]
 
 
 def python_house() -> House:
@@ -176,7 +176,7 @@ def csrc_house() -> House:
     """Read the core."""
     paths = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".hpp", ".cpp", ".cu")]
     files = {path.relative_to(CSRC).as_posix(): path for path in paths}
-    room_of = {name: name.split("/")[0] for name in files}
+    room_of = {name: name.rpartition("/")[0] for name in files}
     house = House("csrc", drawn("csrc"), files, room_of)
     for name, path in files.items():
         house.arrows[name] = {each for each in _INCLUDE.findall(path.read_text()) if each in files}

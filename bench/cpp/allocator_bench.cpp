@@ -11,7 +11,7 @@
 
 #include "allocator/caching_allocator.hpp"
 #include "device/handles.hpp"
-#include "device/host_device.hpp"
+#include "device/host/host_device.hpp"
 
 namespace penstock {
 namespace {

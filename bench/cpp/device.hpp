@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "device/open_device.hpp"
+#include "device/open/open_device.hpp"
 
 namespace penstock {
 

@@ -1,7 +1,7 @@
 // What the page table costs for a model of 14 GB in pages of 2 MiB, with a schedule of 300 steps.
 #include <benchmark/benchmark.h>
 
-#include "page_table/page_table.hpp"
+#include "managed/page_table.hpp"
 
 namespace penstock {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "device.hpp"
-#include "pager/managed_pager.hpp"
+#include "managed/managed_pager.hpp"
 
 namespace penstock {
 namespace {

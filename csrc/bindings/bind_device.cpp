@@ -3,11 +3,11 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
-#include "device/faulty_device.hpp"
-#include "device/host_device.hpp"
-#include "device/host_memory.hpp"
+#include "device/host/host_device.hpp"
+#include "device/host/host_memory.hpp"
 #include "device/link_rate.hpp"
-#include "device/open_device.hpp"
+#include "device/open/open_device.hpp"
+#include "device/testing/faulty_device.hpp"
 
 namespace py = pybind11;
 

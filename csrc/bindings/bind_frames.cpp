@@ -5,7 +5,7 @@
 
 #include "bindings/bindings.hpp"
 #include "frame_pool/frame_pool.hpp"
-#include "pager/frames_region.hpp"
+#include "frames/frames_region.hpp"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "bindings/bindings.hpp"
-#include "loader/fill_job.hpp"
+#include "io/fill_job.hpp"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "bindings/bindings.hpp"
-#include "page_table/page_table.hpp"
+#include "managed/page_table.hpp"
 
 namespace py = pybind11;
 

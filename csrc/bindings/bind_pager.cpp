@@ -3,7 +3,7 @@
 
 #include "bindings/bindings.hpp"
 #include "dlpack/capsule.hpp"
-#include "pager/managed_pager.hpp"
+#include "managed/managed_pager.hpp"
 
 namespace py = pybind11;
 

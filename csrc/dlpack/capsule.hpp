@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <memory>
 
-#include "pager/region.hpp"
+#include "region/region.hpp"
 
 namespace penstock {
 

@@ -27,10 +27,10 @@
 #include <vector>
 
 #include "device/handles.hpp"
-#include "host_tier/direct_file.hpp"
 #include "host_tier/page_layout.hpp"
 #include "host_tier/read_order.hpp"
 #include "host_tier/slab.hpp"
+#include "io/direct_file.hpp"
 #include "threading/task_thread.hpp"
 
 namespace penstock {

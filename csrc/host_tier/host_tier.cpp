@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <thread>
 
-#include "device/host_mapping.hpp"
 #include "error/error.hpp"
+#include "io/mapping.hpp"
 
 namespace penstock {
 

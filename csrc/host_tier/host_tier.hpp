@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "device/handles.hpp"
-#include "loader/fill_job.hpp"
-#include "page_table/schedule.hpp"
+#include "io/fill_job.hpp"
+#include "schedule/schedule.hpp"
 
 namespace penstock {
 

@@ -10,10 +10,10 @@
 #include <stdexcept>
 #include <utility>
 
-#include "device/host_mapping.hpp"
 #include "error/error.hpp"
 #include "error/format.hpp"
 #include "host_tier/registrations.hpp"
+#include "io/mapping.hpp"
 #include "threading/time_limit.hpp"
 
 #ifndef MADV_POPULATE_READ

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "device/file.hpp"
 #include "host_tier/host_tier.hpp"
+#include "io/file.hpp"
 
 namespace penstock {
 

@@ -6,7 +6,7 @@
 #include <iterator>
 #include <utility>
 
-#include "device/host_mapping.hpp"
+#include "io/mapping.hpp"
 
 namespace penstock {
 

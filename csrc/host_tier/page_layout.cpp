@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "host_tier/direct_file.hpp"
+#include "io/direct_file.hpp"
 
 namespace penstock {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "loader/fill_job.hpp"
+#include "io/fill_job.hpp"
 
 namespace penstock {
 

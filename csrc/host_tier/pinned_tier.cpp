@@ -7,9 +7,9 @@
 #include <mutex>
 #include <utility>
 
-#include "device/host_mapping.hpp"
 #include "error/error.hpp"
 #include "host_tier/slab.hpp"
+#include "io/mapping.hpp"
 #include "threading/time_limit.hpp"
 
 namespace penstock {

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "page_table/schedule.hpp"
+#include "schedule/schedule.hpp"
 
 namespace penstock {
 

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <utility>
 
-#include "device/host_mapping.hpp"
 #include "error/error.hpp"
 #include "error/format.hpp"
+#include "io/mapping.hpp"
 
 namespace penstock {
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "device/host_mapping.hpp"
 #include "error/format.hpp"
+#include "io/mapping.hpp"
 
 namespace penstock {
 

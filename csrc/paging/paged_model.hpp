@@ -34,9 +34,9 @@
 #include <vector>
 
 #include "error/error.hpp"
-#include "pager/region.hpp"
 #include "paging/paging_api.hpp"
 #include "paging/pass_learner.hpp"
+#include "region/region.hpp"
 #include "streamer/streamer.hpp"
 
 namespace penstock {

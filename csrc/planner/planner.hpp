@@ -22,8 +22,8 @@
 #include <limits>
 #include <vector>
 
-#include "page_table/copy_costs.hpp"
-#include "page_table/schedule.hpp"
+#include "schedule/copy_costs.hpp"
+#include "schedule/schedule.hpp"
 
 namespace penstock {
 

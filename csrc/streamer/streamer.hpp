@@ -30,8 +30,8 @@
 #include <vector>
 
 #include "device/event_pool.hpp"
-#include "page_table/schedule.hpp"
-#include "pager/region.hpp"
+#include "region/region.hpp"
+#include "schedule/schedule.hpp"
 #include "streamer/timeline.hpp"
 
 namespace penstock {

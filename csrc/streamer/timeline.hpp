@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "device/event_pool.hpp"
-#include "page_table/schedule.hpp"
+#include "schedule/schedule.hpp"
 
 namespace penstock {
 

@@ -13,8 +13,8 @@
 #include <thread>
 
 #include "allocator/caching_allocator.hpp"
-#include "device/faulty_device.hpp"
 #include "device/handles.hpp"
+#include "device/testing/faulty_device.hpp"
 #include "support/spying_device.hpp"
 
 namespace penstock::testing {

@@ -12,9 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "device/faulty_device.hpp"
 #include "device/handles.hpp"
-#include "pager/frames_region.hpp"
+#include "device/testing/faulty_device.hpp"
+#include "frames/frames_region.hpp"
 #include "support/fake_tier.hpp"
 #include "support/files.hpp"
 #include "support/pager_setup.hpp"

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "device/faulty_device.hpp"
+#include "device/testing/faulty_device.hpp"
 #include "error/error.hpp"
-#include "pager/managed_pager.hpp"
+#include "managed/managed_pager.hpp"
 #include "support/child.hpp"
 #include "support/files.hpp"
 #include "support/spying_device.hpp"

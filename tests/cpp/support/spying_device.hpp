@@ -13,8 +13,8 @@
 #include <mutex>
 #include <utility>
 
-#include "device/host_device.hpp"
-#include "device/host_stream.hpp"
+#include "device/host/host_device.hpp"
+#include "device/host/host_stream.hpp"
 #include "error/error.hpp"
 
 namespace penstock::testing {

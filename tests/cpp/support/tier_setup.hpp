@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "device/faulty_device.hpp"
+#include "device/testing/faulty_device.hpp"
 #include "host_tier/mapped_tier.hpp"
 #include "host_tier/pinned_tier.hpp"
 #include "host_tier/stream_tier.hpp"
