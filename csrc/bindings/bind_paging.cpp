@@ -10,6 +10,8 @@
 
 #include "bindings/bindings.hpp"
 #include "dlpack/capsule.hpp"
+#include "paging/address_holds.hpp"
+#include "paging/held_operation.hpp"
 #include "paging/paged_model.hpp"
 #include "paging/paged_models.hpp"
 
@@ -76,7 +78,26 @@ std::size_t part_bytes(const PagingRange* ranges, std::size_t count) {
   }
 }
 
-const PagingApi kApi{PagingApi::kVersion, &begin, &end, &begin_at_once, &end_at_once, &part_bytes};
+std::uint64_t hold_address(const PagingOperation* operation, const PagingRange* range,
+                           std::uint64_t scope, bool patient, void** error) {
+  try {
+    return PagedModels::get().hold_address(*operation, *range, scope, patient);
+  } catch (...) {
+    *error = current_exception_object();
+    return 0;
+  }
+}
+
+void release_addresses(std::uint64_t thread, void** error) {
+  try {
+    AddressHolds::release_of(thread);
+  } catch (...) {
+    *error = current_exception_object();
+  }
+}
+
+const PagingApi kApi{PagingApi::kVersion, &begin,      &end,          &begin_at_once,
+                     &end_at_once,        &part_bytes, &hold_address, &release_addresses};
 
 using Place = std::tuple<std::size_t, std::size_t, std::size_t, std::string>;
 
@@ -103,11 +124,19 @@ void bind_paging(py::module_& module) {
       [] { return py::capsule(static_cast<const void*>(&kApi), PagingApi::kCapsule); },
       "Return the functions that the library in torch's dispatcher calls.");
 
+  module.def("release_addresses", &PagedModels::release_addresses, without_gil,
+             "Let go of what this thread holds for addresses that it has taken.");
+  module.def("release_ended_addresses", &PagedModels::release_ended_addresses, py::arg("open"),
+             without_gil, "Let go of those whose scope is not open; return whether any were.");
+
   py::class_<PassEnd>(module, "PassEnd", "How a pass has ended.")
       .def_readonly("first", &PassEnd::first)
       .def_readonly("changed", &PassEnd::changed);
 
-  py::class_<PagedModel::Hold>(module, "Hold", "What is held in place.");
+  py::class_<HeldOperation>(module, "Hold", "What is held in place.");
+  module.def(
+      "let_go", [](HeldOperation* held) { PagedModels::end(held); }, py::arg("held"), without_gil,
+      "Let go of what PagedModel.hold returned.");
 
   py::class_<PagedModel, std::shared_ptr<PagedModel>>(
       module, "PagedModel", "One model's region as the operations of a program see it.")
@@ -121,11 +150,17 @@ void bind_paging(py::module_& module) {
           },
           py::arg("offset"), py::arg("nbytes"),
           "Return a DLPack capsule over a byte range, which owns the model.")
-      .def("begin_call", &PagedModel::begin_call, without_gil,
-           "Say that a call of the whole model begins.")
+      .def(
+          "begin_call",
+          [](PagedModel& model) {
+            PagedModels::release_addresses();
+            model.begin_call();
+          },
+          without_gil, "Say that a call of the whole model begins.")
       .def(
           "end_call",
           [](PagedModel& model, std::uintptr_t stream, bool failed, bool complete) {
+            PagedModels::release_addresses();
             model.end_call(stream_of(stream), failed, complete);
           },
           py::arg("stream"), py::arg("failed"), py::arg("complete"), without_gil,
@@ -135,15 +170,13 @@ void bind_paging(py::module_& module) {
           "hold",
           [](PagedModel& model, const std::string& what,
              const std::vector<std::pair<std::size_t, std::size_t>>& ranges,
-             std::uintptr_t stream) { return model.hold(what, ranges, stream_of(stream)); },
-          py::arg("what"), py::arg("ranges"), py::arg("stream") = 0, without_gil,
-          "Have ranges (offset, bytes) in place until let_go, as one step; return what that takes.")
-      .def(
-          "let_go",
-          [](PagedModel& model, const PagedModel::Hold& hold, std::uintptr_t stream) {
-            model.let_go(hold, stream_of(stream));
+             std::uintptr_t stream) {
+            return PagedModels::get().begin_kernel(model, what, ranges, stream_of(stream));
           },
-          py::arg("hold"), py::arg("stream") = 0, without_gil)
+          py::arg("what"), py::arg("ranges"), py::arg("stream") = 0,
+          py::return_value_policy::reference, without_gil,
+          "Have ranges (offset, bytes) in place until let_go in the same thread, as one step; "
+          "return what that takes, None where the thread holds all of them already.")
       .def("order", &PagedModel::order, py::arg("first"), without_gil,
            "Return the steps that are expected of passes that begin with one.")
       .def("expected", &PagedModel::expected, without_gil,

@@ -259,6 +259,10 @@ void FramesRegion::require_writable() const {
   static_cast<void>(writable_tier());
 }
 
+bool FramesRegion::keeps_writes() const {
+  return tier_->address() != nullptr;
+}
+
 void FramesRegion::note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) {
   const std::vector<PageIndex> touched = pages_of(offset, nbytes);
   const std::lock_guard lock(mutex_);

@@ -103,6 +103,7 @@ class FramesRegion : public Region {
   std::uint64_t mappings() const;
 
   void require_writable() const override;
+  bool keeps_writes() const override;
   /// The pages are copied to the tier before they leave their place.
   void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
   void flush() override;

@@ -43,6 +43,7 @@ class ManagedRegion : public Region, public FillTarget {
   std::size_t ahead_window() const override;
   RegionStats stats() const override;
   void require_writable() const override {}
+  bool keeps_writes() const override { return true; }
   /// Where the region is read-mostly, blocks the caller.
   void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) override;
   void flush() override {}  // what was written is where it was written

@@ -10,6 +10,7 @@
 
 #include "error/error.hpp"
 #include "error/format.hpp"
+#include "paging/address_holds.hpp"
 
 namespace penstock {
 
@@ -49,7 +50,7 @@ PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
 // ---- operations --------------------------------------------------------------------------------
 
 PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const PagingRange* ranges,
-                                   std::size_t count) {
+                                   std::size_t count, bool patient) {
   tell_of_use();
   Hold hold;
   hold.written =
@@ -79,7 +80,8 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
     return hold;
   } catch (const CapExceededError& error) {
     drop_holder();
-    if (hold.pages->size() * region_->page_size() > room_) throw explain(step, error);
+    const bool fits = hold.pages->size() * region_->page_size() <= room_;
+    if (!fits || !patient) throw explain(step, error);
   } catch (...) {
     drop_holder();
     throw;
@@ -119,14 +121,16 @@ void PagedModel::begin_after_others(const Hold& hold, StepId at, StreamHandle st
   const std::lock_guard turn(waiting_);
   const auto until = std::chrono::steady_clock::now() + kPatience;
   for (;;) {
+    // What threads have forgotten comes back; what they may be about to use is waited for.
+    const bool addresses = AddressHolds::release_idle();
     std::uint64_t dropped = 0;
-    bool alone = false;
+    bool alone = !addresses;
     {
       const std::lock_guard lock(mutex_);
       dropped = dropped_;
       const auto me = std::this_thread::get_id();
-      alone = std::all_of(holders_.begin(), holders_.end(),
-                          [&](std::thread::id holder) { return holder == me; });
+      alone = alone && std::all_of(holders_.begin(), holders_.end(),
+                                   [&](std::thread::id holder) { return holder == me; });
       holders_.push_back(me);
     }
     try {
@@ -172,14 +176,36 @@ void PagedModel::end(const Hold& hold, const PagingOperation& operation, const P
   if (failure) std::rethrow_exception(failure);
 }
 
-PagedModel::Hold PagedModel::hold(const std::string& what, const std::vector<Bytes>& ranges,
-                                  StreamHandle stream) {
-  std::vector<PagingRange> held;
-  for (const auto& [offset, nbytes] : ranges) {
-    held.push_back({region_->address() + offset, nbytes, false});
+PagedModel::AddressHold PagedModel::hold_address(const PagingOperation& operation,
+                                                 PagingRange range, bool patient) {
+  range.written = false;  // it may be, which is for the tier to keep if it can
+  const Hold step = begin(operation, &range, 1, patient);
+  // From here on the region alone holds them, as whoever lets go may be another thread.
+  const AddressHold hold{step.pages, offset_of(range), range.nbytes, {operation.stream}};
+  try {
+    region_->begin(*hold.pages, hold.stream);
+  } catch (...) {
+    let_go(step, hold.stream);
+    throw;
   }
-  const PagingOperation operation{&steps_, what.c_str(), stream.value, false};
-  return begin(operation, held.data(), held.size());
+  try {
+    let_go(step, hold.stream);
+  } catch (...) {
+    region_->end(*hold.pages, hold.stream);
+    throw;
+  }
+  return hold;
+}
+
+void PagedModel::let_go(const AddressHold& hold) {
+  std::exception_ptr failure;
+  try {
+    if (region_->keeps_writes()) region_->note_write(hold.offset, hold.nbytes, hold.stream);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  region_->end(*hold.pages, hold.stream);
+  if (failure) std::rethrow_exception(failure);
 }
 
 void PagedModel::let_go(const Hold& hold, StreamHandle stream) {

@@ -78,7 +78,9 @@ class PagedModel {
   /// @throws CapExceededError naming the operation and its tensors, DeviceError where it writes and
   ///         that could not be kept, ScheduleError on a stream that somebody else captures; nothing
   ///         is held then.
-  Hold begin(const PagingOperation& operation, const PagingRange* ranges, std::size_t count);
+  /// @param patient  Whether to wait for operations of other threads where there is no room.
+  Hold begin(const PagingOperation& operation, const PagingRange* ranges, std::size_t count,
+             bool patient = true);
   /// The operation has been issued, or has failed.
   void end(const Hold& hold, const PagingOperation& operation, const PagingRange* ranges,
            std::size_t count);
@@ -92,11 +94,23 @@ class PagedModel {
   /// Whether an address is on its region.
   bool contains(const void* address) const;
 
-  /// Has pages in place for somebody who reads them without operations, until `let_go` on the same
-  /// thread. @param what  For messages. @param ranges  Offsets and sizes. @throws as `begin` does.
-  Hold hold(const std::string& what, const std::vector<std::pair<std::size_t, std::size_t>>& ranges,
-            StreamHandle stream);
+  /// Lets go of what nothing was written to.
   void let_go(const Hold& hold, StreamHandle stream);
+
+  /// What is held for somebody who has taken an address.
+  struct AddressHold {
+    std::shared_ptr<const std::vector<PageIndex>> pages;
+    std::size_t offset = 0;
+    std::size_t nbytes = 0;
+    StreamHandle stream;
+  };
+
+  /// Has the pages of a range in place for work of the operation's stream that nobody sees, and
+  /// that may write to them. @param patient  Whether to wait for other threads where there is no
+  /// room. @throws as `begin` does, but not for tiers that cannot keep writes.
+  AddressHold hold_address(const PagingOperation& operation, PagingRange range, bool patient);
+  /// Lets go of it, on any thread. What a tier can keep counts as written.
+  void let_go(const AddressHold& hold);
 
   /// A call of the whole model begins, in this thread.
   void begin_call();

@@ -10,6 +10,8 @@
 #include <utility>
 
 #include "error/error.hpp"
+#include "paging/address_holds.hpp"
+#include "paging/held_operation.hpp"
 
 namespace penstock {
 
@@ -19,44 +21,6 @@ std::atomic<unsigned> generation{0};  // of forks
 
 }  // namespace
 
-class HeldOperation {
- public:
-  struct Part {
-    std::shared_ptr<PagedModel> model;
-    PagedModel::Hold hold;
-    std::size_t first;  // of its ranges
-    std::size_t count;
-  };
-
-  PagingOperation operation{};
-  std::vector<PagingRange> ranges;
-  std::vector<Part> parts;
-
-  bool covers(const PagingRange& range) const {
-    const auto* const start = static_cast<const std::byte*>(range.address);
-    return std::any_of(ranges.begin(), ranges.end(), [&](const PagingRange& held) {
-      const auto* const held_start = static_cast<const std::byte*>(held.address);
-      return start >= held_start && start + range.nbytes <= held_start + held.nbytes &&
-             (held.written || !range.written);
-    });
-  }
-
-  /// Lets go of all parts; the first failure is thrown when all is done.
-  void end() {
-    std::exception_ptr failure;
-    for (; !parts.empty(); parts.pop_back()) {
-      const Part& part = parts.back();
-      try {
-        part.model->end(part.hold, operation, ranges.data() + part.first, part.count);
-      } catch (...) {
-        if (!failure) failure = std::current_exception();
-      }
-    }
-    ranges.clear();
-    if (failure) std::rethrow_exception(failure);
-  }
-};
-
 namespace {
 
 // What this thread's operations hold, the innermost last, and what they held before, to be used
@@ -64,6 +28,14 @@ namespace {
 struct ThreadHolds {
   std::vector<std::unique_ptr<HeldOperation>> held;
   std::vector<std::unique_ptr<HeldOperation>> spare;
+  std::unique_ptr<AddressHolds> addresses;  // from the first one on
+
+  bool has_addresses() const { return addresses && addresses->any(); }
+
+  /// What was launched with addresses was launched.
+  void release_addresses() const {
+    if (has_addresses()) addresses->release();
+  }
 
   /// Whether a range is held by operations that are under way.
   bool covers(const PagingRange& range) const {
@@ -133,6 +105,7 @@ std::shared_ptr<PagedModel> PagedModels::find(const void* address) const {
 HeldOperation* PagedModels::begin(const PagingOperation& operation, const PagingRange* ranges,
                                   std::size_t count) {
   ThreadHolds& mine = holds();
+  mine.release_addresses();
   std::unique_ptr<HeldOperation> held = mine.take();
   held->operation = operation;
   for (std::size_t i = 0; i < count; ++i) {
@@ -174,6 +147,19 @@ HeldOperation* PagedModels::begin(const PagingOperation& operation, const Paging
   return mine.held.back().get();
 }
 
+HeldOperation* PagedModels::begin_kernel(
+    const PagedModel& model, const std::string& what,
+    const std::vector<std::pair<std::size_t, std::size_t>>& ranges, StreamHandle stream) {
+  static const char id = 0;
+  std::vector<PagingRange> held;
+  for (const auto& [offset, nbytes] : ranges) {
+    held.push_back({model.region()->address() + offset, nbytes, false});
+  }
+  HeldOperation* begun = begin({&id, what.c_str(), stream.value, false}, held.data(), held.size());
+  if (begun != nullptr) begun->operation.name = "a kernel";  // the text is the caller's
+  return begun;
+}
+
 void PagedModels::end(HeldOperation* held) {
   ThreadHolds& mine = holds();
   const auto found = std::find_if(mine.held.rbegin(), mine.held.rend(),
@@ -191,7 +177,7 @@ bool PagedModels::begin_at_once(const PagingOperation& operation, const PagingRa
   const auto is_held = [&](const PagingRange& range) { return mine.covers(range); };
   *held = nullptr;
   if (std::all_of(ranges, ranges + count, is_held)) return true;
-  if (std::any_of(ranges, ranges + count, is_held)) return false;
+  if (mine.has_addresses() || std::any_of(ranges, ranges + count, is_held)) return false;
   std::shared_ptr<PagedModel> model = find(ranges[0].address);
   if (!model) return false;
   const auto is_there = [&](const PagingRange& range) {
@@ -225,6 +211,29 @@ bool PagedModels::end_at_once(HeldOperation* held) {
   mine.spare.push_back(std::move(mine.held.back()));
   mine.held.pop_back();
   return true;
+}
+
+std::uint64_t PagedModels::hold_address(const PagingOperation& operation, const PagingRange& range,
+                                        std::uint64_t scope, bool patient) {
+  ThreadHolds& mine = holds();
+  if (range.nbytes == 0 || mine.covers(range)) return 0;
+  if (!mine.addresses) mine.addresses = std::make_unique<AddressHolds>();
+  AddressHolds& addresses = *mine.addresses;
+  if (addresses.covers(range)) return addresses.id();
+  std::shared_ptr<PagedModel> model = find(range.address);
+  if (!model) return 0;
+  PagedModel::AddressHold hold = model->hold_address(operation, range, patient);
+  addresses.add(model, std::move(hold), range, scope);
+  return addresses.id();
+}
+
+void PagedModels::release_addresses() {
+  holds().release_addresses();
+}
+
+bool PagedModels::release_ended_addresses(const std::vector<std::uint64_t>& open) {
+  const auto& addresses = holds().addresses;
+  return addresses && addresses->release_ended(open);
 }
 
 std::size_t PagedModels::part_bytes(const PagingRange* ranges, std::size_t count) const {

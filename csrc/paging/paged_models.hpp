@@ -7,8 +7,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <shared_mutex>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "paging/paged_model.hpp"
@@ -33,7 +36,18 @@ class PagedModels {
   bool begin_at_once(const PagingOperation& operation, const PagingRange* ranges, std::size_t count,
                      HeldOperation** held);
   static bool end_at_once(HeldOperation* held);
+  /// The same for a function of the user's that reads offsets and sizes of a model's region,
+  /// without operations. @param what  For messages.
+  HeldOperation* begin_kernel(const PagedModel& model, const std::string& what,
+                              const std::vector<std::pair<std::size_t, std::size_t>>& ranges,
+                              StreamHandle stream);
   std::size_t part_bytes(const PagingRange* ranges, std::size_t count) const;
+  std::uint64_t hold_address(const PagingOperation& operation, const PagingRange& range,
+                             std::uint64_t scope, bool patient);
+  /// Lets go of the addresses that this thread has taken.
+  static void release_addresses();
+  /// Lets go of those whose scope is not open. @return whether there were any; see AddressHolds.
+  static bool release_ended_addresses(const std::vector<std::uint64_t>& open);
 
  private:
   struct Known {

@@ -8,6 +8,8 @@
 // needs Python's global lock, and the caller should not hold it: they may wait. An exception comes
 // as a new reference to a Python object; taking hold of it takes that lock. Most operations read
 // what is in place to stay; `begin_at_once` and `end_at_once` are for these, and never wait.
+//
+// Who takes the address of a tensor, for a kernel that nobody sees, says so by `hold_address`.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +33,7 @@ struct PagingOperation {
 };
 
 struct PagingApi {
-  static constexpr std::uint32_t kVersion = 2;
+  static constexpr std::uint32_t kVersion = 3;
   static constexpr const char* kCapsule = "penstock.paging_api";
 
   std::uint32_t version;
@@ -52,6 +54,16 @@ struct PagingApi {
   /// How many bytes of paged tensors one part of an operation over a list is best given; a part has
   /// one element at least. SIZE_MAX where all of the ranges can be in place at once.
   std::size_t (*part_bytes)(const PagingRange* ranges, std::size_t count);
+  /// Has a range in place for work that the thread gives to the stream before its next operation on
+  /// paged tensors, and that may write to it. It is let go of when that operation begins, or when
+  /// a call of a model ends. @param scope  Tells what else is let go of: see `AddressHolds`.
+  /// @param patient  Whether to wait for other threads where there is no room.
+  /// @return what `release_addresses` takes; 0 where nothing is held. @param error  Set where it
+  /// fails; the address must not be used then.
+  std::uint64_t (*hold_address)(const PagingOperation* operation, const PagingRange* range,
+                                std::uint64_t scope, bool patient, void** error);
+  /// Lets go of all addresses that a thread has taken, in any thread.
+  void (*release_addresses)(std::uint64_t thread, void** error);
 };
 
 }  // namespace penstock

@@ -79,6 +79,8 @@ class Region {
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
   /// To be asked before pages are written to. @throws DeviceError where that could not be kept.
   virtual void require_writable() const = 0;
+  /// Whether it could.
+  virtual bool keeps_writes() const = 0;
   /// Says that the work of `stream` so far has written to a range that is in use: it is kept.
   virtual void note_write(std::size_t offset, std::size_t nbytes, StreamHandle stream) = 0;
   /// Has all that was written where the host reads it; returns when it is there.

@@ -84,6 +84,15 @@ void install(const PagingApi* api) {
   installed.store(api, std::memory_order_release);
 }
 
+void call_core(const std::function<void(void** error)>& function) {
+  void* error = nullptr;
+  {
+    const WithoutGil released;
+    function(&error);
+  }
+  if (error != nullptr) raise(error);
+}
+
 HeldRanges::HeldRanges(const PagingApi& api, const PagingOperation& operation, const Ranges& ranges)
     : api_(api) {
   if (api_.begin_at_once(&operation, ranges.data(), ranges.size(), &held_)) return;

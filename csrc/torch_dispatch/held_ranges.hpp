@@ -7,6 +7,8 @@
 // torch.
 #pragma once
 
+#include <functional>
+
 #include "paging/paging_api.hpp"
 #include "torch_dispatch/ranges.hpp"
 
@@ -17,6 +19,10 @@ const PagingApi* paging_api();
 
 /// Uses these functions from now on. They have to live as long as the process.
 void install(const PagingApi* api);
+
+/// Calls a function of the core's, which sets the error that it is given. Python's global lock is
+/// let go of meanwhile where this thread has it. @throws python_error with the core's exception.
+void call_core(const std::function<void(void** error)>& function);
 
 class HeldRanges {
  public:

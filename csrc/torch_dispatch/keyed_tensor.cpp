@@ -1,6 +1,8 @@
 #include "torch_dispatch/keyed_tensor.hpp"
 
+#include <ATen/ops/clone.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace penstock::torch_dispatch {
 
@@ -39,6 +41,14 @@ at::Tensor key(const at::Tensor& plain) {
 
 at::Tensor plain_alias(const at::Tensor& tensor) {
   return alias_of(tensor, false);
+}
+
+at::Tensor readable(const at::Tensor& tensor) {
+  c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  if (!is_keyed(tensor) || !keys.excluded_.has(kKey)) return tensor;
+  keys.excluded_ = keys.excluded_.remove(kKey);
+  const c10::impl::ForceDispatchKeyGuard seen(keys);
+  return at::clone(tensor);
 }
 
 void take_memory(const at::Tensor& tensor, const at::Tensor& values) {

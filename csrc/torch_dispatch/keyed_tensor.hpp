@@ -32,6 +32,10 @@ at::Tensor key(const at::Tensor& plain);
 /// Returns a tensor over the same storage that has no key: what is done with it is not seen.
 at::Tensor plain_alias(const at::Tensor& tensor);
 
+/// Returns a keyed tensor itself; where the thread excludes the key from what it calls, as torch
+/// does where it makes a tensor of numbers, a plain copy.
+at::Tensor readable(const at::Tensor& tensor);
+
 /// Has the storage of `tensor` take over the memory of that of `values`, which is left without any:
 /// all tensors over it are there from then on. Nothing may use either meanwhile.
 /// @throws c10::Error where sizes or devices differ.

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "paging/paging_api.hpp"
+#include "torch_dispatch/addresses.hpp"
 #include "torch_dispatch/fallback.hpp"
 #include "torch_dispatch/held_ranges.hpp"
 #include "torch_dispatch/keyed_tensor.hpp"
@@ -44,6 +45,12 @@ PyObject* py_is_keyed(PyObject*, PyObject* object) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* py_readable(PyObject*, PyObject* object) {
+  HANDLE_TH_ERRORS
+  return THPVariable_Wrap(readable(tensor_of(object)));
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* py_plain(PyObject*, PyObject* object) {
   HANDLE_TH_ERRORS
   return THPVariable_Wrap(plain_alias(tensor_of(object)));
@@ -58,6 +65,21 @@ PyObject* py_take_memory(PyObject*, PyObject* arguments) {
   take_memory(tensor_of(tensor), tensor_of(values));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
+}
+
+PyObject* py_hold_address(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject* tensor = nullptr;
+  unsigned long long scope = 0;
+  int patient = 0;
+  if (PyArg_ParseTuple(arguments, "OKp", &tensor, &scope, &patient) == 0) return nullptr;
+  hold_address(tensor_of(tensor), scope, patient != 0);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* py_address_function(PyObject*, PyObject*) {
+  return PyLong_FromVoidPtr(reinterpret_cast<void*>(&address_for_kernel));
 }
 
 PyObject* py_storage_range(PyObject*, PyObject* object) {
@@ -76,8 +98,11 @@ PyMethodDef methods[] = {
     {"install", py_install, METH_O, "Use the functions of a capsule of the core."},
     {"key", py_key, METH_O, "Return a keyed tensor over the same storage."},
     {"is_keyed", py_is_keyed, METH_O, "Return whether this is a keyed tensor."},
+    {"readable", py_readable, METH_O, "Return it, or a copy where its key is taken out of calls."},
     {"plain", py_plain, METH_O, "Return a tensor without the key over the same storage."},
     {"take_memory", py_take_memory, METH_VARARGS, "Move the memory of one storage to another."},
+    {"hold_address", py_hold_address, METH_VARARGS, "Hold a tensor for who takes its address."},
+    {"address_function", py_address_function, METH_NOARGS, "Return address_for_kernel's address."},
     {"storage_range", py_storage_range, METH_O, "Return address and length of a view, or None."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -12,8 +12,6 @@ TORCH_API int get_current_graph_task_id();  // in a header that includes all of 
 
 namespace penstock::torch_dispatch {
 
-namespace {
-
 void* stream_of(const std::optional<c10::Device>& device) {
 #ifdef PENSTOCK_TORCH_CUDA
   if (device && device->is_cuda()) {
@@ -24,6 +22,8 @@ void* stream_of(const std::optional<c10::Device>& device) {
 #endif
   return nullptr;
 }
+
+namespace {
 
 void use_list(c10::ArrayRef<c10::IValue> list, bool written, Uses& uses) {
   for (const auto& element : list) {

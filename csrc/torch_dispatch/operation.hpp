@@ -33,6 +33,9 @@ struct Uses {
   std::optional<c10::Device> device;  ///< Of the first that is not on the host.
 };
 
+/// The current stream of a device, as a cudaStream_t; null for the host's, and for none.
+void* stream_of(const std::optional<c10::Device>& device);
+
 /// Adds what is used of a tensor, if it has the key.
 void use(const at::Tensor& tensor, bool written, Uses& uses);
 

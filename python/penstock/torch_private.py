@@ -16,15 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "INDUCTOR",
+    "MODULE_CALL",
     "TRIED",
     "ContextProp",
     "TorchDispatchMode",
+    "backward_step",
     "before_sharing",
     "change_count",
+    "compiled_scripts",
     "current_stream",
     "function_of",
     "holds_values_elsewhere",
     "in_backward",
+    "inductor_cache",
+    "inductor_compiler",
+    "inductor_guards",
+    "inductor_settings",
+    "library",
     "parse_to",
     "reduce_tensor",
     "replace_function",
@@ -36,13 +45,22 @@ __all__ = [
 
 TRIED = {
     "ContextProp": "2.11",
+    "INDUCTOR": "2.13",
+    "MODULE_CALL": "2.13",
     "TorchDispatchMode": "2.11 to 2.13",
+    "backward_step": "2.13",
     "before_sharing": "2.11 to 2.13",
     "change_count": "2.11 to 2.13",
+    "compiled_scripts": "2.13",
     "current_stream": "2.11",
     "function_of": "2.11 to 2.13",
     "holds_values_elsewhere": "2.11 to 2.13",
     "in_backward": "2.11 to 2.13",
+    "inductor_cache": "2.13",
+    "inductor_compiler": "2.13",
+    "inductor_guards": "2.13",
+    "inductor_settings": "2.13",
+    "library": "2.13",
     "parse_to": "2.11 to 2.13",
     "reduce_tensor": "2.11 to 2.13",
     "replace_function": "2.11 to 2.13",
@@ -60,6 +78,52 @@ without_torch_function = torch._C.DisableTorchFunctionSubclass
 def in_backward() -> bool:
     """Whether autograd runs this thread, as when it calculates checkpointed segments again."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+MODULE_CALL = torch.nn.Module._wrapped_call_impl.__code__
+"""What runs in a frame of Python's while a module is called."""
+
+library: Any = torch._C
+"""Torch's library for Python, where there is no public way to a function of it."""
+
+inductor_compiler: Any = torch._TorchCompileInductorWrapper
+"""What `torch.compile` calls to have inductor compile a graph."""
+
+inductor_guards: Any = torch._C._dynamo.guards
+"""Has the function by which kernels of inductor's find addresses, if this torch has one."""
+
+
+INDUCTOR = "torch._inductor.compile_fx"
+"""Where programs are compiled ahead of time. Importing it takes seconds."""
+
+
+def inductor_settings() -> Any:  # noqa: ANN401
+    """Return what inductor is told where a call does not say otherwise."""
+    from torch._inductor import config
+
+    return config
+
+
+def inductor_cache() -> Any:  # noqa: ANN401
+    """Return the module that makes inductor's kernels for the host, and keeps them."""
+    from torch._inductor import codecache
+
+    return codecache
+
+
+def backward_step() -> tuple[int, int] | None:
+    """Tell the backward pass and the step of it that autograd runs in this thread, if it does."""
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return task, -1 if node is None else node._sequence_nr()
+
+
+def compiled_scripts() -> list[Any]:
+    """Return all functions and methods that were made scripts so far."""
+    compiled: Any = torch.jit._state._python_cu
+    return list(compiled.get_functions())
 
 
 def current_stream(ordinal: int) -> int:

@@ -1,4 +1,4 @@
-"""Several models under one cap on a real GPU, by threads, and with a kernel of Triton's."""
+"""Several models under one cap on a real GPU, by threads too."""
 
 import threading
 
@@ -103,24 +103,3 @@ def test_threads_share_models(pager):
         assert not thread.is_alive()
     assert not errors, errors[0]
     assert house.manager.stats().used <= house.manager.stats().cap
-
-
-@pytest.mark.parametrize("cap", [24, 96])
-def test_a_triton_kernel_reads_weights_by_their_address(pager, cap):
-    triton = pytest.importorskip("triton")
-    from python.triton_double import double
-
-    house = House(pager, cap, m=10)
-
-    def function(module, x):
-        weight = torch.empty(WIDTH, WIDTH, device="cuda")
-        grid = (triton.cdiv(weight.numel(), 1024),)
-        double[grid](module.weight, weight, weight.numel(), BLOCK=1024)
-        return nn.functional.linear(x, weight / 2)
-
-    with house.manager.use("m") as module:
-        house.check("m", module)
-        with house.manager.register_kernel("[0-9]", function):
-            for _ in range(4):
-                house.check("m", module)
-        house.check("m", module)

@@ -5,12 +5,14 @@ brings in a paged tensor's bytes for them. They are given plain copies instead. 
 share memory with the tensor (an array to write to, memory of several processes) is read-only, or
 refused.
 
-Who asks for an address (`data_ptr`, storages) gets it, as it tells tensors apart; what is there may
-be another tensor's bytes. A kernel that takes addresses is registered (`register_kernel`).
+Who asks for a tensor's address (`data_ptr`) gets it with the bytes in place, for a kernel that is
+launched at once; they stay until the thread's next operation on paged tensors. Triton's launchers
+ask that way. Storages give the address alone, which tells tensors apart.
 """
 
 from __future__ import annotations
 
+import atexit
 import copy
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +24,9 @@ import torch
 import torch.utils.dlpack
 from torch import nn
 
-from penstock.dispatch import torch_dispatch
+from penstock import _core
+from penstock.dispatch import addresses, torch_dispatch
+from penstock.dispatch.inductor import hold_for_kernels
 from penstock.errors import ModelError
 from penstock.torch_private import reduce_tensor
 
@@ -37,6 +41,7 @@ def give_out_copies() -> None:
         return
     _done.append(True)
     tensor = torch.Tensor
+    _replace(tensor, "data_ptr", _data_ptr)
     _replace(tensor, "numpy", _numpy)
     _replace(tensor, "tolist", lambda theirs, self: theirs(_plain(self)))
     _replace(tensor, "__dlpack__", lambda theirs, self, *a, **k: theirs(_plain(self), *a, **k))
@@ -44,11 +49,16 @@ def give_out_copies() -> None:
     _replace(tensor, "__reduce_ex__", lambda theirs, self, protocol: theirs(_plain(self), protocol))
     _replace(tensor, "__deepcopy__", _deepcopy)
     _replace(tensor, "share_memory_", _refuse_sharing)
+    for name in ("__bool__", "__complex__", "__float__", "__index__", "__int__"):
+        _replace(tensor, name, lambda theirs, self: theirs(torch_dispatch.readable(self)))
     for name in ("new", "new_tensor"):  # which ask the highest key of a tensor for its device
         _replace(tensor, name, lambda theirs, self, *a, **k: theirs(_keyless(self), *a, **k))
     for name in ("_to_ndarray", "_tobytes"):  # of safetensors, by its version
         if hasattr(safetensors.torch, name):
             _replace(safetensors.torch, name, lambda theirs, self, *a: theirs(_plain(self), *a))
+    _refuse_property(tensor, "__cuda_array_interface__")
+    hold_for_kernels()
+    atexit.register(_core.release_addresses)  # while there is a device to release it on
     for kind in (torch.Tensor, nn.Parameter):
         ForkingPickler.register(kind, _reduce_for_process)
 
@@ -64,6 +74,21 @@ def _replace(owner: object, name: str, ours: Callable[..., Any]) -> None:
         return theirs(self, *args, **kwargs)
 
     setattr(owner, name, method)
+
+
+def _refuse_property(owner: type, name: str) -> None:
+    theirs = getattr(owner, name)
+
+    @wraps(theirs.fget)
+    def value(self: torch.Tensor) -> Any:  # noqa: ANN401
+        if torch_dispatch.is_keyed(self) and self.is_cuda:
+            raise ModelError(
+                "a paged tensor's memory is not to be shared: it holds other bytes later. Give a "
+                "copy, tensor.clone(), or through DLPack, which copies by itself"
+            )
+        return theirs.fget(self)
+
+    setattr(owner, name, property(value))
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,6 +107,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def _keyless(tensor: torch.Tensor) -> torch.Tensor:
     return torch_dispatch.plain(tensor)
+
+
+def _data_ptr(theirs: Callable[[torch.Tensor], int], self: torch.Tensor) -> int:
+    addresses.hold(self)
+    return theirs(self)
 
 
 def _numpy(theirs: Callable[..., Any], self: torch.Tensor, *, force: bool = False) -> Any:  # noqa: ANN401

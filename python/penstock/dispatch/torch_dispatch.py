@@ -19,7 +19,17 @@ from penstock.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["install", "is_keyed", "key", "plain", "storage_range", "take_memory"]
+__all__ = [
+    "address_function",
+    "hold_address",
+    "install",
+    "is_keyed",
+    "key",
+    "plain",
+    "readable",
+    "storage_range",
+    "take_memory",
+]
 
 _NAME = "penstock_torch_dispatch"
 
@@ -28,8 +38,11 @@ class _Library(Protocol):
     def install(self, capsule: object, /) -> None: ...
     def key(self, tensor: torch.Tensor, /) -> torch.Tensor: ...
     def is_keyed(self, value: object, /) -> bool: ...
+    def readable(self, tensor: torch.Tensor, /) -> torch.Tensor: ...
     def plain(self, tensor: torch.Tensor, /) -> torch.Tensor: ...
     def take_memory(self, tensor: torch.Tensor, values: torch.Tensor, /) -> None: ...
+    def hold_address(self, tensor: torch.Tensor, scope: int, patient: bool, /) -> None: ...
+    def address_function(self) -> int: ...
     def storage_range(self, tensor: torch.Tensor, /) -> tuple[int, int] | None: ...
 
 
@@ -71,6 +84,14 @@ def is_keyed(value: object) -> bool:
     return _library().is_keyed(value)
 
 
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a keyed tensor; a plain copy where torch itself takes the key out of what it calls.
+
+    It does so where it makes a tensor of numbers, which may be tensors without dimensions.
+    """
+    return _library().readable(tensor)
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the key over the same storage: nobody sees what is done with it."""
     return _library().plain(tensor)
@@ -87,6 +108,32 @@ def take_memory(tensor: torch.Tensor, values: torch.Tensor) -> None:
         If the storages differ in size or device.
     """
     _library().take_memory(tensor, values)
+
+
+def hold_address(tensor: torch.Tensor, scope: int, *, patient: bool) -> None:
+    """Have the bytes of a keyed tensor in place for a kernel that is given its address.
+
+    They stay until this thread's next operation on paged tensors, or until a call of a model or the
+    backward pass ends; what a host tier can keep of them counts as written.
+
+    Parameters
+    ----------
+    scope
+        Told to `_core.release_ended_addresses`, by which they may go sooner.
+    patient
+        Whether to wait for other threads where there is no room.
+
+    Raises
+    ------
+    CapExceededError
+        If they do not fit beside what operations and other addresses hold.
+    """
+    _library().hold_address(tensor, scope, patient)
+
+
+def address_function() -> int:
+    """Return where `void* (*)(PyObject* tensor)` is, which kernels of inductor's ask."""
+    return _library().address_function()
 
 
 def storage_range(tensor: torch.Tensor) -> tuple[int, int] | None:

@@ -6,13 +6,14 @@ of a paged model belong to it alone, so copies have hooks that do nothing in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["CallHooks"]
+__all__ = ["CallHooks", "without_hooks"]
 
 # Torch has these choose other kernels where a module has hooks.
 _WITHOUT_HOOKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -73,6 +74,27 @@ class _End(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
         if not torch.compiler.is_compiling():
             self._tell(output is not None)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Take these hooks off a module, and all modules in it, inside the block."""
+    places = [
+        place
+        for part in module.modules()
+        for place in (part._forward_hooks, part._forward_pre_hooks)
+        if any(isinstance(hook, _Hook) for hook in place.values())
+    ]
+    before = [dict(place) for place in places]
+    try:
+        for place in places:
+            for key in [key for key, hook in place.items() if isinstance(hook, _Hook)]:
+                del place[key]
+        yield
+    finally:
+        for place, hooks in zip(places, before, strict=True):
+            place.clear()
+            place.update(hooks)
 
 
 def _no_hook(*arguments: object) -> None:

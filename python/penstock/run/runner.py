@@ -19,6 +19,7 @@ from torch import nn
 from penstock import _core
 from penstock.loading.binding import Binding
 from penstock.memory.model_memory import ModelMemory
+from penstock.run import scripts
 from penstock.run.hooks import CallHooks
 from penstock.schedule.planning import Planning
 from penstock.schedule.step_times import Order
@@ -52,6 +53,7 @@ class Runner:
         self._orders: dict[int, Order] = {}  # expected, by the first step
         self._latest: Order | None = None
         memory.streamer.set_trace(trace)
+        scripts.prepare()
         # The core and the module's hooks must not keep this, which keeps them.
         mine = weakref.ref(self)
         self._paged.on_pass(_weakly(mine, Runner._pass_ended))
@@ -129,6 +131,7 @@ class Runner:
 
     def evict(self) -> None:
         """Give up all that no operation uses just now; it is loaded again when it is needed."""
+        _core.release_addresses()
         self.memory.evict()
 
     def give_up(self, pages: int) -> None:
@@ -155,7 +158,8 @@ class Runner:
         try:
             yield
         finally:
-            self._paged.let_go(held, self.memory.pager.stream())
+            if held is not None:
+                _core.let_go(held)
 
     @contextmanager
     def captured(self) -> Iterator[None]:
@@ -169,6 +173,7 @@ class Runner:
     def detach(self) -> None:
         """Plan no more. Whoever has a tensor can go on reading it."""
         self._hooks.remove()
+        _core.release_addresses()
         self._paged.on_pass(None)
         self._paged.on_next_use(None)
 

@@ -59,9 +59,9 @@ struct PagedSetup : FramesSetup {
   StepId run(const PagingOperation& what, const Pages& pages) { return run(what, ranges(pages)); }
   /// Has pages held without an operation.
   PagedModel::Hold hold(const std::string& what, const Pages& pages) {
-    std::vector<std::pair<std::size_t, std::size_t>> held;
-    for (const PageIndex page : pages) held.emplace_back(page * kPage, kPage);
-    return model->hold(what, held, kCaller);
+    const PagingOperation kernel{this, what.c_str(), kCaller.value, false};
+    const auto held = ranges(pages);
+    return model->begin(kernel, held.data(), held.size());
   }
   /// mm of each page.
   std::vector<StepId> run_each(const Pages& pages) {

@@ -46,11 +46,15 @@ BEGIN_AT_ONCE = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Operation), ctype
                                  SIZE, ctypes.POINTER(POINTER))
 END_AT_ONCE = ctypes.CFUNCTYPE(ctypes.c_bool, POINTER)
 PARTS = ctypes.CFUNCTYPE(SIZE, ctypes.POINTER(Range), SIZE)
+HOLD = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.POINTER(Operation), ctypes.POINTER(Range),
+                        ctypes.c_uint64, ctypes.c_bool, ctypes.POINTER(ctypes.py_object))
+RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.POINTER(ctypes.py_object))
 
 
 class Api(ctypes.Structure):
     _fields_ = [("version", ctypes.c_uint32), ("begin", BEGIN), ("end", END),
-                ("begin_at_once", BEGIN_AT_ONCE), ("end_at_once", END_AT_ONCE), ("parts", PARTS)]
+                ("begin_at_once", BEGIN_AT_ONCE), ("end_at_once", END_AT_ONCE), ("parts", PARTS),
+                ("hold_address", HOLD), ("release_addresses", RELEASE)]
 
 
 class Seen:
@@ -58,8 +62,10 @@ class Seen:
         self.limit, self.open, self.events, self.ids = 2**62, 0, [], 0
         self.errors = {}  # by the name of the operation; "end" for the end of any
         self.quick, self.quickly = False, []  # whether there is nothing to wait for, and what was
-        self.api = Api(2, BEGIN(self.begin), END(self.end), BEGIN_AT_ONCE(self.begin_at_once),
-                       END_AT_ONCE(self.end_at_once), PARTS(self.parts))
+        self.held = []  # addresses, as (bytes, scope, patient), and threads that let go
+        self.api = Api(3, BEGIN(self.begin), END(self.end), BEGIN_AT_ONCE(self.begin_at_once),
+                       END_AT_ONCE(self.end_at_once), PARTS(self.parts),
+                       HOLD(self.hold_address), RELEASE(self.release_addresses))
         td.install(self.capsule())
 
     def capsule(self):
@@ -100,6 +106,16 @@ class Seen:
         self.quickly.remove(held)
         self.end(held, None)
         return True
+
+    def hold_address(self, operation, of, scope, patient, error):
+        if "address" in self.errors:
+            self.set(error, self.errors["address"])
+            return 0
+        self.held.append((of[0].address, of[0].nbytes, scope, patient, operation[0].in_backward))
+        return 77
+
+    def release_addresses(self, thread, error):
+        self.held.append(thread)
 
     def parts(self, ranges, count):
         return max([self.limit, *(ranges[i].nbytes for i in range(count))])
@@ -557,3 +573,37 @@ def test_without_a_compiler_the_error_says_what_to_do(
     monkeypatch.setattr(torch_dispatch, "_loaded", None)
     with pytest.raises(DeviceError, match=r"torch \d.*no C\+\+ compiler.*set CXX, or reinstall"):
         torch_dispatch.key(torch.ones(1))
+
+
+def test_addresses_are_held_and_let_go_of_after_a_backward_pass() -> None:
+    check("""
+w = td.key(torch.randn(4, 8))
+td.hold_address(w[1], 5, patient=False)
+td.hold_address(torch.ones(3), 5, patient=True)
+td.hold_address(td.key(torch.empty(0)), 5, patient=True)
+assert seen.held == [(w.untyped_storage().data_ptr() + 32, 32, 5, False, False)]
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        for _ in range(2):
+            td.hold_address(w, 6, patient=True)
+        return 2 * grad
+
+for _ in range(2):
+    seen.held.clear()
+    Double.apply(torch.ones(3, requires_grad=True)).sum().backward()
+    assert [each if each == 77 else each[2:] for each in seen.held] == (
+        [(6, True, True)] * 2 + [77])
+seen.errors["address"] = MemoryError("none")
+try:
+    td.hold_address(w, 5, patient=True)
+except MemoryError as error:
+    assert str(error) == "none"
+else:
+    raise AssertionError("held")
+""")
