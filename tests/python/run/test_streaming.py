@@ -90,19 +90,27 @@ class Rig:
 
 @pytest.mark.parametrize("frames", range(2, LAYERS))
 def test_a_pass_moves_what_is_not_resident_and_nothing_else(frames: int) -> None:
+    """From the second pass by a plan on: the first one brings in what stays."""
     rig = Rig(frames)
     with rig.manager.use("m") as module:
         rig.check(module, 12)
-        resident = sum(slot is None for slot in rig.plan.slot)
-        assert resident + rig.plan.ring == frames, "the cap is used to the last frame"
-        assert rig.memory.planned_bytes == (LAYERS - resident) * PAGE
-        before = rig.memory
-        for _ in range(4):
+        counted = 0
+        for _ in range(40):
+            plan, before = rig.plan, rig.memory
+            resident = sum(slot is None for slot in plan.slot)
+            assert resident + plan.ring == frames, "the cap is used to the last frame"
             rig.check(module)
             after = rig.memory
-            assert after.loaded_bytes - before.loaded_bytes == (LAYERS - resident) * PAGE
-            assert after.misses == before.misses
-            before = after
+            if rig.plan is not plan:  # times were corrected, and it loads less
+                counted = -2
+            elif counted >= 0:
+                assert after.planned_bytes == (LAYERS - resident) * PAGE
+                assert after.loaded_bytes - before.loaded_bytes == (LAYERS - resident) * PAGE
+                assert after.misses == before.misses
+            counted += 1
+            if counted == 4:
+                break
+        assert counted == 4, "the plan never settles"
         assert rig.manager.stats().used == frames * PAGE
     rig.end()
 
