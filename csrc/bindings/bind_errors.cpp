@@ -1,7 +1,9 @@
 // Errors of the core become the classes of the same name in penstock.errors, with their figures.
+#include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
 #include <filesystem>
+#include <optional>
 #include <utility>
 
 #include "bindings/bindings.hpp"
@@ -33,8 +35,9 @@ void bind_errors(py::module_& /*module*/) {
     } catch (const DeviceError& error) {
       raise("DeviceError", error, "call"_a = error.call, "code"_a = error.code);
     } catch (const CheckpointError& error) {
+      const auto tensor = error.tensor.empty() ? std::nullopt : std::optional(error.tensor);
       raise("CheckpointError", error, "path"_a = std::filesystem::path(error.path),
-            "offset"_a = error.offset);
+            "tensor"_a = tensor, "offset"_a = error.offset);
     } catch (const ScheduleError& error) {
       raise("ScheduleError", error);
     } catch (const ModelError& error) {

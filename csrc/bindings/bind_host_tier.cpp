@@ -90,12 +90,14 @@ void bind_host_tier(py::module_& module) {
   py::class_<PinnedTier, HostTier, std::shared_ptr<PinnedTier>>(
       module, "PinnedTier", "A host tier in pinned memory, filled once from files.")
       .def(py::init([](std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size,
-                       const Paths& paths, const ExtentTuples& extents, std::size_t threads) {
+                       const Paths& paths, const ExtentTuples& extents, std::size_t threads,
+                       bool keep_cached) {
              return std::make_shared<PinnedTier>(std::move(device), nbytes, page_size,
-                                                 source_of(paths, extents), threads);
+                                                 source_of(paths, extents), threads,
+                                                 keep_cached ? PageCache::kUse : PageCache::kSpare);
            }),
            py::arg("device"), py::arg("nbytes"), py::arg("page_size"), py::arg("paths"),
-           py::arg("extents"), py::arg("threads") = 0, without_gil,
+           py::arg("extents"), py::arg("threads") = 0, py::arg("keep_cached") = false, without_gil,
            "Start to fill. An extent is (file index, file offset, region offset, bytes).");
 
   py::class_<MappedTier, HostTier, std::shared_ptr<MappedTier>>(

@@ -175,6 +175,13 @@ class Device {
   virtual void fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) = 0;
   /// Copies between any two of pinned, frame and managed memory, as work of `stream`.
   virtual void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) = 0;
+  /// Copies from a mapping of a file that is registered. The host reads the file instead, at
+  /// `offset`: touching what the file has no more would end the process. There the stream's error
+  /// is a CheckpointError where the file ends early or was changed. The file outlives the copy.
+  virtual void copy_mapped(void* target, const void* source, const File& /*file*/,
+                           std::uint64_t /*offset*/, std::size_t nbytes, StreamHandle stream) {
+    copy(target, source, nbytes, stream);
+  }
 
   /// Records a failure where no error can be thrown: the destructor of a handle's owner.
   void suppress(const std::string& what) noexcept;

@@ -40,10 +40,15 @@ class DeviceError : public Error {
 /// Checkpoint bytes that cannot be read.
 class CheckpointError : public Error {
  public:
-  CheckpointError(const std::string& message, std::string file, std::uint64_t file_offset)
-      : Error(message), path(std::move(file)), offset(file_offset) {}
+  CheckpointError(const std::string& message, std::string file, std::uint64_t file_offset,
+                  std::string tensor_name = "")
+      : Error(message),
+        path(std::move(file)),
+        offset(file_offset),
+        tensor(std::move(tensor_name)) {}
   std::string path;      ///< The file.
   std::uint64_t offset;  ///< Byte offset in the file at which reading failed.
+  std::string tensor;    ///< A tensor that was to be read; empty where that is not known.
 };
 
 /// A step or a page used against the schedule or the page table's rules.

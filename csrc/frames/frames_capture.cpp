@@ -64,6 +64,7 @@ void FramesRegion::before_replay(StreamHandle stream, std::uint64_t mappings) {
         "the model's weights were given other places since this pass was captured (evicted, given "
         "to others who needed room, or the cap was divided anew): capture it again");
   }
+  tier_->require_unchanged();
   order_before_replay(stream);
   replaying_ = true;
 }

@@ -6,6 +6,7 @@
 #include "device/ranges.hpp"
 #include "error/error.hpp"
 #include "frames/frames_region.hpp"
+#include "io/file.hpp"
 #include "schedule/copy_costs.hpp"
 #include "schedule/page_lists.hpp"
 
@@ -165,12 +166,14 @@ void FramesRegion::add_pieces(std::vector<Piece>& pieces, PageIndex page, PageIn
     const std::size_t offset = shift + piece.offset;
     if (!pieces.empty() && page > first) {
       Piece& last = pieces.back();
-      if (last.offset + last.nbytes == offset && last.source + last.nbytes == piece.source) {
+      if (last.offset + last.nbytes == offset && last.source + last.nbytes == piece.source &&
+          last.file == piece.file) {
         last.nbytes += piece.nbytes;
         continue;
       }
     }
-    pieces.push_back({piece.source, offset, piece.nbytes});
+    pieces.push_back(piece);
+    pieces.back().offset = offset;
   }
 }
 
@@ -215,7 +218,12 @@ void FramesRegion::copy_in(PageIndex first, const std::vector<Piece>& pieces) {
   std::byte* target = address_of(first);
   if (verify_) device_->fill(target, kPoison, page_size_, copies_.get());
   for (const Piece& piece : pieces) {
-    device_->copy(target + piece.offset, piece.source, piece.nbytes, copies_.get());
+    if (piece.file != nullptr) {
+      device_->copy_mapped(target + piece.offset, piece.source, *piece.file, piece.file_offset,
+                           piece.nbytes, copies_.get());
+    } else {
+      device_->copy(target + piece.offset, piece.source, piece.nbytes, copies_.get());
+    }
   }
   if (verify_) verify_load(first, pieces);
 }
@@ -224,8 +232,16 @@ void FramesRegion::verify_load(PageIndex page, const std::vector<Piece>& pieces)
   loaded_.resize(page_size_);
   device_->copy(loaded_.data(), address_of(page), page_size_, copies_.get());
   device_->stream_synchronize(copies_.get());
+  tier_->verify(page, loaded_.data());
+  std::vector<std::byte> in_file;
   for (const Piece& piece : pieces) {
-    if (std::memcmp(loaded_.data() + piece.offset, piece.source, piece.nbytes) == 0) continue;
+    const std::byte* source = piece.source;
+    if (piece.file != nullptr) {
+      in_file.resize(piece.nbytes);
+      piece.file->read(in_file.data(), piece.file_offset, piece.nbytes);
+      source = in_file.data();
+    }
+    if (std::memcmp(loaded_.data() + piece.offset, source, piece.nbytes) == 0) continue;
     throw DeviceError(
         "copy", 0,
         "page " + std::to_string(page) + " differs from its source after it was loaded, within " +

@@ -18,10 +18,11 @@ constexpr int kMostFailures = 5;
 
 }  // namespace
 
-BufferRing::BufferRing(std::shared_ptr<Device> device, Files files, std::vector<PageLayout> layouts,
-                       std::size_t count, std::size_t buffer_bytes, std::size_t threads)
+BufferRing::BufferRing(std::shared_ptr<Device> device, const OpenSource& source,
+                       std::vector<PageLayout> layouts, std::size_t count, std::size_t buffer_bytes,
+                       std::size_t threads)
     : device_(std::move(device)),
-      files_(std::move(files)),
+      source_(source),
       layouts_(std::move(layouts)),
       slab_(device_, count * buffer_bytes),
       buffer_bytes_(buffer_bytes),
@@ -274,8 +275,8 @@ bool BufferRing::read_some(std::unique_lock<std::mutex>& lock) {
   lock.unlock();
   std::exception_ptr error;
   try {
-    files_[read.file]->read(first->address + read.position, read.file_offset, read.nbytes,
-                            read.needed);
+    source_.file(read.file).read(first->address + read.position, read.file_offset, read.needed,
+                                 read.nbytes);
     read_bytes_ += read.needed;
   } catch (...) {
     error = std::current_exception();

@@ -27,24 +27,24 @@
 #include <vector>
 
 #include "device/handles.hpp"
+#include "host_tier/open_source.hpp"
 #include "host_tier/page_layout.hpp"
 #include "host_tier/read_order.hpp"
 #include "host_tier/slab.hpp"
-#include "io/direct_file.hpp"
 #include "threading/task_thread.hpp"
 
 namespace penstock {
 
 class BufferRing {
  public:
-  using Files = std::vector<std::unique_ptr<DirectFile>>;
-
+  /// @param source        Outlives the ring.
   /// @param layouts       By page; a page without reads is never in the ring.
   /// @param count         Buffers, at least 2.
   /// @param buffer_bytes  Enough for every layout; a multiple of the system page.
   /// @throws DeviceError where there is no such memory.
-  BufferRing(std::shared_ptr<Device> device, Files files, std::vector<PageLayout> layouts,
-             std::size_t count, std::size_t buffer_bytes, std::size_t threads);
+  BufferRing(std::shared_ptr<Device> device, const OpenSource& source,
+             std::vector<PageLayout> layouts, std::size_t count, std::size_t buffer_bytes,
+             std::size_t threads);
   /// Ends after the reads under way; by then all copies are over.
   ~BufferRing();
   BufferRing(const BufferRing&) = delete;
@@ -101,7 +101,7 @@ class BufferRing {
   bool over(Copy& copy);
 
   std::shared_ptr<Device> device_;
-  Files files_;
+  const OpenSource& source_;
   std::vector<PageLayout> layouts_;
   Slab slab_;
   std::size_t buffer_bytes_;

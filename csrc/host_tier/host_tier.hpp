@@ -24,11 +24,14 @@
 
 namespace penstock {
 
-/// Bytes of a page that lie together in host memory.
+/// Bytes of a page that lie together in host memory. Where that is a mapping of a file, the host
+/// must not touch it: it reads the file.
 struct Piece {
   const std::byte* source;
   std::size_t offset;  ///< In the page.
   std::size_t nbytes;
+  const File* file = nullptr;  ///< The file that is mapped there.
+  std::uint64_t file_offset = 0;
 };
 
 /// Where a model's bytes are: extents of files, ascending by region offset, not overlapping.
@@ -73,10 +76,18 @@ class HostTier {
   /// How many pages from this one on lie together in memory that one copy may read; at least 1.
   virtual std::size_t pages_together(PageIndex /*first*/) const { return 1; }
   /// The page's bytes, ascending by offset, valid until `release`. Blocks while they are read.
-  /// Bytes that nobody gave are in no piece. @throws CheckpointError where reading failed.
+  /// Bytes that nobody gave are in no piece. @throws CheckpointError where reading failed, or a
+  /// file that has some of the bytes was changed since it was opened.
   virtual const std::vector<Piece>& fetch(PageIndex page) = 0;
   /// The copies from the fetched page end with the event.
   virtual void release(PageIndex page, std::shared_ptr<OwnedEvent> copied) = 0;
+
+  /// Before pages are copied that were fetched long ago, as in a graph.
+  /// @throws CheckpointError where a file was changed that pages are still read from.
+  virtual void require_unchanged() {}
+  /// Compares a page that was loaded with what it was when it was loaded first, by checksum, where
+  /// pages are read from files again and again. @throws CheckpointError where it differs.
+  virtual void verify(PageIndex /*page*/, const std::byte* /*bytes*/) {}
 
   /// Copies bytes out. @throws std::out_of_range outside the tier, CheckpointError.
   virtual void read(std::size_t offset, void* target, std::size_t nbytes) = 0;

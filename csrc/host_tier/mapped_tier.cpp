@@ -157,7 +157,7 @@ struct MappedTier::Registering {
               milliseconds call_limit, std::size_t threads)
       : mappings(std::move(mapped)),
         ranges(needed_ranges(open.extents())),
-        warming(mappings, source.paths, open.extents(), threads),
+        warming(mappings, source.paths, open.extents(), threads, PageCache::kUse),
         limit(at_most_a_year(call_limit)) {}
 
   void run() {
@@ -213,7 +213,7 @@ struct MappedTier::Registering {
 MappedTier::MappedTier(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size,
                        const Source& source, milliseconds limit, std::size_t threads)
     : HostTier(nbytes, page_size),
-      source_(std::make_shared<const OpenSource>(source, nbytes)),
+      source_(std::make_shared<const OpenSource>(source, nbytes, PageCache::kUse)),
       overlay_(device),
       pages_(page_count()),
       known_(page_count()),
@@ -276,11 +276,12 @@ std::size_t MappedTier::done_bytes() const noexcept {
 
 bool MappedTier::ready(PageIndex page) {
   check_page(page);
-  return wait_for(milliseconds(0));
+  return wait_for(milliseconds(0)) && source_->is_unchanged(page * page_size(), bytes_of(page));
 }
 
 const std::vector<Piece>& MappedTier::fetch(PageIndex page) {
   check_page(page);
+  source_->require_unchanged(page * page_size(), bytes_of(page));
   if (!wait_for(milliseconds(0))) {
     require_owner_process();
     wait_for(milliseconds::max());
@@ -296,7 +297,8 @@ std::vector<Piece> MappedTier::find_pieces(PageIndex page) const {
   const std::size_t start = page * page_size();
   std::vector<Piece> pieces;
   for (const Extent& part : source_->parts(start, bytes_of(page))) {
-    pieces.push_back({mappings_->address(part), part.region_offset - start, part.nbytes});
+    pieces.push_back({mappings_->address(part), part.region_offset - start, part.nbytes,
+                      &source_->file(part.file), part.file_offset});
   }
   return merge_pieces(std::move(pieces), overlay_.pieces(start, bytes_of(page)));
 }
@@ -306,6 +308,10 @@ void MappedTier::read(std::size_t offset, void* target, std::size_t nbytes) {
   if (nbytes == 0) return;
   source_->read(offset, static_cast<std::byte*>(target), nbytes);
   overlay_.read(offset, static_cast<std::byte*>(target), nbytes);
+}
+
+void MappedTier::verify(PageIndex page, const std::byte* bytes) {
+  sums_.verify(*source_, page * page_size(), bytes, bytes_of(page));
 }
 
 HostTierStats MappedTier::stats() const {

@@ -6,8 +6,12 @@
 // It is opt-in. Some systems refuse to register mappings of files, and with some the call has been
 // seen never to return. So registering runs on a thread of its own and each call has a time limit;
 // past it the tier gives up with an error and leaves the thread behind, with its own hold on all
-// that it uses. A file must not shrink while it is mapped: the host device would then read past
-// its end, which ends the process.
+// that it uses.
+//
+// A file should not change while it is mapped. Each fetch looks whether one did, and refuses.
+// Between that look and the copy it may still happen. Touching a mapping of what a file has no more
+// ends the process; so the process never does: the device copies from memory that is registered,
+// and what the host copies, it reads from the file.
 //
 // Each run of needed bytes of a file is one registration, however long: a page's bytes then never
 // lie in two of them, which one copy must not span.
@@ -18,6 +22,7 @@
 #include <vector>
 
 #include "device/device.hpp"
+#include "host_tier/checksums.hpp"
 #include "host_tier/host_tier.hpp"
 #include "host_tier/open_source.hpp"
 #include "host_tier/overlay.hpp"
@@ -47,6 +52,8 @@ class MappedTier final : public HostTier {
   const std::vector<Piece>& fetch(PageIndex page) override;
   void release(PageIndex /*page*/, std::shared_ptr<OwnedEvent> /*copied*/) override {}
   void read(std::size_t offset, void* target, std::size_t nbytes) override;
+  void require_unchanged() override { source_->require_unchanged(0, nbytes()); }
+  void verify(PageIndex page, const std::byte* bytes) override;
   HostTierStats stats() const override;
 
  private:
@@ -56,6 +63,7 @@ class MappedTier final : public HostTier {
 
   std::shared_ptr<const OpenSource> source_;
   Overlay overlay_;
+  Checksums sums_;
   std::vector<std::vector<Piece>> pages_;
   std::vector<bool> known_;  // by page: whether its pieces were found
   std::shared_ptr<Mappings> mappings_;

@@ -17,8 +17,8 @@ std::string range_text(std::uint64_t start, std::size_t nbytes) {
 
 }  // namespace
 
-OpenSource::OpenSource(const Source& source, std::size_t nbytes) {
-  for (const auto& path : source.paths) files_.push_back(std::make_unique<File>(path));
+OpenSource::OpenSource(const Source& source, std::size_t nbytes, PageCache cache) {
+  for (const auto& path : source.paths) files_.push_back(std::make_unique<File>(path, cache));
   for (const Extent& extent : source.extents) add(extent, nbytes);
 }
 
@@ -71,6 +71,26 @@ void OpenSource::read(std::size_t offset, std::byte* target, std::size_t nbytes)
   for (const Extent& part : parts(offset, nbytes)) {
     file(part.file).read(target + (part.region_offset - offset), part.file_offset, part.nbytes);
   }
+}
+
+const Extent* OpenSource::find_changed(const std::vector<Extent>& parts) const {
+  const File* known = nullptr;
+  for (const Extent& part : parts) {
+    const File& from = file(part.file);
+    if (&from != known && !from.is_unchanged()) return &part;
+    known = &from;
+  }
+  return nullptr;
+}
+
+bool OpenSource::is_unchanged(std::size_t offset, std::size_t nbytes) const {
+  return find_changed(parts(offset, nbytes)) == nullptr;
+}
+
+void OpenSource::require_unchanged(std::size_t offset, std::size_t nbytes) const {
+  const std::vector<Extent> found = parts(offset, nbytes);
+  const Extent* changed = find_changed(found);
+  if (changed != nullptr) file(changed->file).require_unchanged(changed->file_offset);
 }
 
 void OpenSource::refuse_covered(std::size_t offset, std::size_t nbytes) const {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "io/direct_file.hpp"
+#include "io/file.hpp"
 
 namespace penstock {
 

@@ -139,12 +139,12 @@ class PinnedTier::Filling final : public FillTarget {
 };
 
 PinnedTier::PinnedTier(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size,
-                       const Source& source, std::size_t threads)
+                       const Source& source, std::size_t threads, PageCache cache)
     : HostTier(nbytes, page_size),
       pages_(page_count()),
       filling_(std::make_shared<Filling>(std::move(device), *this, source.extents)),
       fill_(std::make_unique<FillJob>(filling_, source.paths, source.extents,
-                                      threads > 0 ? threads : default_readers())),
+                                      threads > 0 ? threads : default_readers(), cache)),
       registrar_(std::make_unique<TaskThread>(TaskThread::AtEnd::kDrop)) {
   for (PageIndex page = 0; page < page_count(); ++page) {
     pages_[page] = {{filling_->slab().address() + page * page_size, 0, bytes_of(page)}};

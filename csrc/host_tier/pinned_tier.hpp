@@ -24,10 +24,11 @@ class PinnedTier final : public HostTier {
  public:
   /// Starts to fill.
   /// @param threads  Readers; 0 for as many as are useful.
+  /// @param cache    Whether what is read stays in the page cache.
   /// @throws CheckpointError for a file that cannot be opened or is too short, std::out_of_range
   ///         for an extent outside the tier, DeviceError where there is no such memory.
   PinnedTier(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size,
-             const Source& source, std::size_t threads = 0);
+             const Source& source, std::size_t threads = 0, PageCache cache = PageCache::kSpare);
   /// Stops the filling after the reads under way.
   ~PinnedTier() override;
 

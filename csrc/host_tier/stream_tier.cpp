@@ -19,7 +19,10 @@ constexpr std::size_t kReaders = 8;
 
 StreamTier::StreamTier(std::shared_ptr<Device> device, std::size_t nbytes, std::size_t page_size,
                        const Source& source, std::size_t ring_bytes, std::size_t threads)
-    : HostTier(nbytes, page_size), source_(source, nbytes), overlay_(device), pages_(page_count()) {
+    : HostTier(nbytes, page_size),
+      source_(source, nbytes, PageCache::kSpare),
+      overlay_(device),
+      pages_(page_count()) {
   if (ring_bytes / 2 < page_size) {
     throw std::invalid_argument("a ring of " + format_bytes(ring_bytes) +
                                 " is below two pages of " + format_bytes(page_size) + ": give " +
@@ -36,10 +39,8 @@ StreamTier::StreamTier(std::shared_ptr<Device> device, std::size_t nbytes, std::
   // More buffers than pages would never be used.
   const std::size_t most = std::max<std::size_t>(page_count(), 2);
   const std::size_t count = std::clamp<std::size_t>(ring_bytes / buffer_bytes, 2, most);
-  BufferRing::Files files;
-  for (const auto& path : source.paths) files.push_back(std::make_unique<DirectFile>(path));
-  ring_ = std::make_unique<BufferRing>(std::move(device), std::move(files), std::move(layouts),
-                                       count, buffer_bytes, threads > 0 ? threads : kReaders);
+  ring_ = std::make_unique<BufferRing>(std::move(device), source_, std::move(layouts), count,
+                                       buffer_bytes, threads > 0 ? threads : kReaders);
 }
 
 StreamTier::~StreamTier() {
@@ -62,12 +63,16 @@ void StreamTier::expect(std::vector<PageIndex> order) {
 
 bool StreamTier::ready(PageIndex page) {
   check_page(page);
-  return ring_->layout(page).reads.empty() || (in_owner_process() && ring_->ready(page));
+  return ring_->layout(page).reads.empty() ||
+         (in_owner_process() && ring_->ready(page) &&
+          source_.is_unchanged(page * page_size(), bytes_of(page)));
 }
 
 const std::vector<Piece>& StreamTier::fetch(PageIndex page) {
   check_page(page);
   require_owner_process();
+  // What is in the ring was right; but what is fetched next, from the same file, may not be.
+  source_.require_unchanged(page * page_size(), bytes_of(page));
   const PageLayout& layout = ring_->layout(page);
   const std::byte* buffer = layout.reads.empty() ? nullptr : ring_->fetch(page);
   std::vector<Piece> pieces;
@@ -91,6 +96,10 @@ void StreamTier::read(std::size_t offset, void* target, std::size_t nbytes) {
   if (nbytes == 0) return;
   source_.read(offset, static_cast<std::byte*>(target), nbytes);
   overlay_.read(offset, static_cast<std::byte*>(target), nbytes);
+}
+
+void StreamTier::verify(PageIndex page, const std::byte* bytes) {
+  sums_.verify(source_, page * page_size(), bytes, bytes_of(page));
 }
 
 HostTierStats StreamTier::stats() const {

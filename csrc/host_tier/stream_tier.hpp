@@ -8,6 +8,7 @@
 
 #include "device/device.hpp"
 #include "host_tier/buffer_ring.hpp"
+#include "host_tier/checksums.hpp"
 #include "host_tier/host_tier.hpp"
 #include "host_tier/open_source.hpp"
 #include "host_tier/overlay.hpp"
@@ -39,11 +40,14 @@ class StreamTier final : public HostTier {
   const std::vector<Piece>& fetch(PageIndex page) override;
   void release(PageIndex page, std::shared_ptr<OwnedEvent> copied) override;
   void read(std::size_t offset, void* target, std::size_t nbytes) override;
+  void require_unchanged() override { source_.require_unchanged(0, nbytes()); }
+  void verify(PageIndex page, const std::byte* bytes) override;
   HostTierStats stats() const override;
 
  private:
   OpenSource source_;
   Overlay overlay_;
+  Checksums sums_;
   std::vector<std::vector<Piece>> pages_;  // as fetched last
   std::unique_ptr<BufferRing> ring_;
 };

@@ -28,9 +28,9 @@ void check_extent(const Extent& extent, const FillTarget& target,
 }  // namespace
 
 FillJob::FillJob(std::shared_ptr<FillTarget> target, const std::vector<std::string>& paths,
-                 const std::vector<Extent>& extents, std::size_t threads)
+                 const std::vector<Extent>& extents, std::size_t threads, PageCache cache)
     : target_(std::move(target)) {
-  for (const auto& path : paths) files_.push_back(std::make_unique<File>(path));
+  for (const auto& path : paths) files_.push_back(std::make_unique<File>(path, cache));
   for (const auto& extent : extents) {
     check_extent(extent, *target_, files_);
     for (std::size_t at = 0; at < extent.nbytes; at += kPiece) {

@@ -33,16 +33,19 @@ class FillJob {
  public:
   /// @param paths    Files that the extents count from zero.
   /// @param threads  Readers, at least 1.
+  /// @param cache    Whether what is read stays in the page cache.
   /// @throws CheckpointError for a file that cannot be opened or is too short,
   ///         std::out_of_range for an extent outside the target.
   FillJob(std::shared_ptr<FillTarget> target, const std::vector<std::string>& paths,
-          const std::vector<Extent>& extents, std::size_t threads);
+          const std::vector<Extent>& extents, std::size_t threads,
+          PageCache cache = PageCache::kSpare);
   /// Cancels, and waits for the reads under way.
   ~FillJob();
   FillJob(const FillJob&) = delete;
   FillJob& operator=(const FillJob&) = delete;
 
-  /// @return whether all bytes are in place. @throws the first error of a reader.
+  /// @return whether all bytes are in place. @throws the first error of a reader; CheckpointError
+  /// also for a file that was changed meanwhile.
   bool wait_for(std::chrono::milliseconds limit);
   /// Makes the readers stop after the piece at hand. `wait_for` then never returns true.
   void cancel() noexcept;

@@ -15,7 +15,7 @@ class FillTarget {
   /// @throws std::out_of_range where [offset, offset + nbytes) leaves the target.
   virtual void check_range(std::size_t offset, std::size_t nbytes) const = 0;
   /// Puts `nbytes` bytes at `file_offset` of a file at `offset` of the target.
-  /// @throws CheckpointError where the file ends early or cannot be read.
+  /// @throws CheckpointError where the file ends early, cannot be read, or was changed.
   virtual void fill_from(const File& file, std::uint64_t file_offset, std::size_t offset,
                          std::size_t nbytes) = 0;
 

@@ -82,6 +82,9 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
     drop_holder();
     const bool fits = hold.pages->size() * region_->page_size() <= room_;
     if (!fits || !patient) throw explain(step, error);
+  } catch (const CheckpointError& error) {
+    drop_holder();
+    throw explain(step, error);
   } catch (...) {
     drop_holder();
     throw;
@@ -139,6 +142,9 @@ void PagedModel::begin_after_others(const Hold& hold, StepId at, StreamHandle st
     } catch (const CapExceededError& error) {
       drop_holder();
       if (alone || std::chrono::steady_clock::now() > until) throw explain(hold.step, error);
+    } catch (const CheckpointError& error) {
+      drop_holder();
+      throw explain(hold.step, error);
     } catch (...) {
       drop_holder();
       throw;
@@ -354,6 +360,12 @@ CapExceededError PagedModel::explain(StepId step, const CapExceededError& error)
   return {"model '" + name_ + "': " + describe(step) + " reads " + format_bytes(nbytes) +
               " at once, in whole pages. " + error.what(),
           error.requested, error.cap, error.used};
+}
+
+CheckpointError PagedModel::explain(StepId step, const CheckpointError& error) const {
+  const std::vector<std::string> names = tensors(step);
+  return {"model '" + name_ + "': " + describe(step) + " cannot be loaded: " + error.what(),
+          error.path, error.offset, names.empty() ? "" : names.front()};
 }
 
 std::size_t PagedModel::part_bytes(const PagingRange* ranges, std::size_t count) const {

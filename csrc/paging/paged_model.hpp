@@ -75,9 +75,9 @@ class PagedModel {
   };
 
   /// An operation begins. @return what `end` takes.
-  /// @throws CapExceededError naming the operation and its tensors, DeviceError where it writes and
-  ///         that could not be kept, ScheduleError on a stream that somebody else captures; nothing
-  ///         is held then.
+  /// @throws CapExceededError and CheckpointError naming the operation and its tensors, DeviceError
+  ///         where it writes and that could not be kept, ScheduleError on a stream that somebody
+  ///         else captures; nothing is held then.
   /// @param patient  Whether to wait for operations of other threads where there is no room.
   Hold begin(const PagingOperation& operation, const PagingRange* ranges, std::size_t count,
              bool patient = true);
@@ -172,6 +172,7 @@ class PagedModel {
   void begin_after_others(const Hold& hold, StepId at, StreamHandle stream);
   void drop_holder() noexcept;
   CapExceededError explain(StepId step, const CapExceededError& error) const;
+  CheckpointError explain(StepId step, const CheckpointError& error) const;
 
   // With mutex_ held.
   /// Whether somebody else captures a graph on the stream.

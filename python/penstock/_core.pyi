@@ -184,6 +184,10 @@ def least_frames(
 
 # Loader
 
+class File(metaclass=_BoundType):
+    def __init__(self, path: str, keep_cached: bool = False) -> None: ...
+    def read(self, offset: int, target: Buffer | np.ndarray[Any, Any]) -> None: ...
+
 class FillTarget(metaclass=_BoundType): ...
 
 class FillJob(metaclass=_BoundType):
@@ -194,6 +198,7 @@ class FillJob(metaclass=_BoundType):
         paths: Sequence[str],
         extents: Sequence[tuple[int, int, int, int]],
         threads: int,
+        keep_cached: bool = False,
     ) -> None: ...
     def wait_for(self, limit: timedelta) -> bool: ...
     def cancel(self) -> None: ...
@@ -243,6 +248,7 @@ class PinnedTier(HostTier):
         paths: Sequence[str],
         extents: Sequence[tuple[int, int, int, int]],
         threads: int = 0,
+        keep_cached: bool = False,
     ) -> None: ...
 
 class MappedTier(HostTier):

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "device/host/host_stream.hpp"
+#include "io/file.hpp"
 #include "io/mapping.hpp"
 
 namespace penstock {
@@ -283,6 +284,11 @@ void HostDevice::fill(void* address, std::uint8_t value, std::size_t nbytes, Str
 
 void HostDevice::copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) {
   submit(stream, [target, source, nbytes] { std::memcpy(target, source, nbytes); });
+}
+
+void HostDevice::copy_mapped(void* target, const void* /*source*/, const File& file,
+                             std::uint64_t offset, std::size_t nbytes, StreamHandle stream) {
+  submit(stream, [target, &file, offset, nbytes] { file.read(target, offset, nbytes); });
 }
 
 }  // namespace penstock

@@ -227,5 +227,10 @@ void FaultyDevice::copy(void* target, const void* source, std::size_t nbytes, St
   enter("copy");
   inner_->copy(target, source, nbytes, stream);
 }
+void FaultyDevice::copy_mapped(void* target, const void* source, const File& file,
+                               std::uint64_t offset, std::size_t nbytes, StreamHandle stream) {
+  enter("copy");
+  inner_->copy_mapped(target, source, file, offset, nbytes, stream);
+}
 
 }  // namespace penstock

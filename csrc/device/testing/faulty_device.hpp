@@ -75,6 +75,8 @@ class FaultyDevice : public Device {
   void host_unregister(void* address) override;
   void fill(void* address, std::uint8_t value, std::size_t nbytes, StreamHandle stream) override;
   void copy(void* target, const void* source, std::size_t nbytes, StreamHandle stream) override;
+  void copy_mapped(void* target, const void* source, const File& file, std::uint64_t offset,
+                   std::size_t nbytes, StreamHandle stream) override;
 
  private:
   void enter(const char* name);

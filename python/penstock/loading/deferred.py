@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from penstock import _core
 from penstock.checkpoint import TensorEntry
 from penstock.errors import CheckpointError, ModelError
 from penstock.loading.metadata import METADATA
@@ -159,16 +160,12 @@ def _value(value: Any) -> Any:  # noqa: ANN401
         flat: Any = values.reshape(-1).view(torch.uint8).numpy()
         at = 0
         for entry in where:
-            with entry.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                at += file.readinto(flat[at : at + entry.nbytes])
-        if at != values.nbytes:
-            last = where[-1]
-            raise CheckpointError(
-                f"{last.path} is shorter than it was, and {last.name!r} is cut: download it again",
-                path=last.path,
-                tensor=last.name,
-            )
+            try:
+                _core.File(str(entry.path)).read(entry.offset, flat[at : at + entry.nbytes])
+            except CheckpointError as error:
+                error.tensor = entry.name
+                raise
+            at += entry.nbytes
         return values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,13 @@ _POLL = timedelta(milliseconds=50)
 Extent = tuple[int, int, int, int]
 
 
-def fill(region: Region, placements: list[Placement], progress: Progress | None = None) -> None:
+def fill(
+    region: Region,
+    placements: list[Placement],
+    progress: Progress | None = None,
+    *,
+    keep_cached: bool = False,
+) -> None:
     """Read all tensors into a region of managed memory, making none of it resident.
 
     Extents of files are read in parallel, straight into the region. Tensors that are converted, or
@@ -36,11 +43,13 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
     ----------
     progress
         Told how far it is; see `Progress`.
+    keep_cached
+        Whether what is read from files stays in the page cache.
 
     Raises
     ------
     CheckpointError
-        If a file cannot be read; nothing of the region can be relied on then.
+        If a file cannot be read, or changes meanwhile; nothing of the region can be relied on then.
     """
     core = region.core
     assert isinstance(core, _core.ManagedRegion)
@@ -50,11 +59,12 @@ def fill(region: Region, placements: list[Placement], progress: Progress | None 
     paths, extents = direct_extents(placements)
     before = 0
     if extents:
-        job = _core.FillJob(core, paths, extents, min(8, os.cpu_count() or 1))
+        threads = min(8, os.cpu_count() or 1)
+        job = _core.FillJob(core, paths, extents, threads, keep_cached)
         before = job.total_bytes
         for done in wait(job):
             told(done, total)
-    for done in write_rest(core.write, placements):
+    for done in write_rest(core.write, placements, keep_cached=keep_cached):
         told(before + done, total)
 
 
@@ -108,7 +118,10 @@ def _adjoins(a: Extent, b: Extent) -> bool:
 
 
 def write_rest(
-    write: Callable[[int, np.ndarray[Any, Any]], None], placements: list[Placement]
+    write: Callable[[int, np.ndarray[Any, Any]], None],
+    placements: list[Placement],
+    *,
+    keep_cached: bool = False,
 ) -> Iterator[int]:
     """Write what no file has as it is, yielding the bytes in place now and then.
 
@@ -116,13 +129,17 @@ def write_rest(
     ----------
     write
         Puts bytes at an offset of the region.
+    keep_cached
+        Whether what is read from files stays in the page cache.
     """
+    files = _Files(keep_cached)
     done = 0
     for placement in placements:
         if _pieces(placement):
             continue
         at = placement.offset
-        for chunk in _reordered(placement) if placement.stride else _chunks(placement):
+        chunks = _reordered if placement.stride else _chunks
+        for chunk in chunks(placement, files):
             values = chunk.to(placement.dtype).contiguous().view(torch.uint8)
             write(at, values.numpy())
             at += values.numel()
@@ -130,21 +147,34 @@ def write_rest(
             yield done
 
 
-def _reordered(placement: Placement) -> Iterator[torch.Tensor]:
+class _Files:
+    """Files that are read here, each opened once."""
+
+    def __init__(self, keep_cached: bool) -> None:
+        self._keep_cached = keep_cached
+        self._open: dict[Path, _core.File] = {}
+
+    def __getitem__(self, path: Path) -> _core.File:
+        if path not in self._open:
+            self._open[path] = _core.File(str(path), self._keep_cached)
+        return self._open[path]
+
+
+def _reordered(placement: Placement, files: _Files) -> Iterator[torch.Tensor]:
     """Yield the source's elements in the order in which the placement's stride has them."""
     assert placement.stride is not None
     shape, dtype = placement.source.shape, placement.source.dtype
     ordered = torch.empty_strided(shape, placement.stride, dtype=dtype)
-    ordered.copy_(torch.cat(list(_chunks(placement))).view(shape))
+    ordered.copy_(torch.cat(list(_chunks(placement, files))).view(shape))
     yield ordered.as_strided((ordered.numel(),), (1,))
 
 
-def _chunks(placement: Placement) -> Iterator[torch.Tensor]:
+def _chunks(placement: Placement, files: _Files) -> Iterator[torch.Tensor]:
     """Yield the source's elements in order, flat, on the CPU, in its own dtype."""
     where = placement.source.where
     if isinstance(where, tuple):
         for entry in where:
-            yield from _file_chunks(entry, placement.source.dtype)
+            yield from _file_chunks(entry, placement.source.dtype, files[entry.path])
         return
     tensor = where if isinstance(where, torch.Tensor) else where()
     flat = tensor.contiguous().reshape(-1)
@@ -153,18 +183,14 @@ def _chunks(placement: Placement) -> Iterator[torch.Tensor]:
         yield flat[first : first + elements].cpu()
 
 
-def _file_chunks(entry: TensorEntry, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        left = entry.nbytes
-        while left > 0:
-            chunk = bytearray(min(_CHUNK, left))
-            if file.readinto(chunk) != len(chunk):
-                raise CheckpointError(
-                    f"{entry.path} ended inside {entry.name!r}: {left} more bytes are needed",
-                    path=entry.path,
-                    tensor=entry.name,
-                    offset=entry.offset + entry.nbytes - left,
-                )
-            yield torch.frombuffer(chunk, dtype=dtype)
-            left -= len(chunk)
+def _file_chunks(
+    entry: TensorEntry, dtype: torch.dtype, file: _core.File
+) -> Iterator[torch.Tensor]:
+    for done in range(0, entry.nbytes, _CHUNK):
+        chunk = bytearray(min(_CHUNK, entry.nbytes - done))
+        try:
+            file.read(entry.offset + done, chunk)
+        except CheckpointError as error:
+            error.tensor = entry.name
+            raise
+        yield torch.frombuffer(chunk, dtype=dtype)

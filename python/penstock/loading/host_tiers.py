@@ -35,6 +35,7 @@ def open_tier(
     *,
     budget: int | None,
     progress: Progress | None = None,
+    keep_cached: bool = False,
 ) -> _core.HostTier:
     """Make a host tier for a model's tensors, and wait until they can stream.
 
@@ -49,6 +50,8 @@ def open_tier(
         Bytes of host memory that it may take; None for what the system has to spare.
     progress
         Told how far it is; see `Progress`.
+    keep_cached
+        Whether what is copied from files into memory stays in the page cache as well.
 
     Raises
     ------
@@ -59,9 +62,14 @@ def open_tier(
     DeviceError
         If the system refuses the memory.
     """
+
+    def make(kind: str) -> _core.HostTier:
+        tier = _make(kind, pager, nbytes, placements, budget, keep_cached=keep_cached)
+        return _fill(tier, placements, progress, keep_cached=keep_cached)
+
     if kind == "mapped":
         try:
-            return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
+            return make(kind)
         except DeviceError as error:
             _log.warning("host tier mapped cannot be used, so another one is: %s", error)
             kind = "auto"
@@ -74,7 +82,7 @@ def open_tier(
             format_bytes(nbytes),
             format_bytes(allowed),
         )
-    return _fill(_make(kind, pager, nbytes, placements, budget), placements, progress)
+    return make(kind)
 
 
 def require_budget(needed: int, budget: int | None, what: str, remedy: str) -> None:
@@ -102,14 +110,20 @@ def require_budget(needed: int, budget: int | None, what: str, remedy: str) -> N
 
 
 def _make(
-    kind: str, pager: Pager, nbytes: int, placements: list[Placement], budget: int | None
+    kind: str,
+    pager: Pager,
+    nbytes: int,
+    placements: list[Placement],
+    budget: int | None,
+    *,
+    keep_cached: bool,
 ) -> _core.HostTier:
     paths, extents = direct_extents(placements)
     device, page = pager.core_device, pager.page_size
     threads = min(16, os.cpu_count() or 1)
     if kind == "pinned":
         require_budget(nbytes, budget, 'host="pinned"', 'use host="auto", or "stream"')
-        return _core.PinnedTier(device, nbytes, page, paths, extents, threads)
+        return _core.PinnedTier(device, nbytes, page, paths, extents, threads, keep_cached)
     in_memory = sum(each.nbytes for each in placements) - sum(extent[3] for extent in extents)
     if kind == "mapped":
         what = 'what host="mapped" cannot leave in files (converted, or given as tensors)'
@@ -129,12 +143,16 @@ def _make(
 
 
 def _fill(
-    tier: _core.HostTier, placements: list[Placement], progress: Progress | None
+    tier: _core.HostTier,
+    placements: list[Placement],
+    progress: Progress | None,
+    *,
+    keep_cached: bool,
 ) -> _core.HostTier:
     total = sum(placement.nbytes for placement in placements)
     told = progress or (lambda done, total: None)
     told(0, total)
-    for done in write_rest(tier.write, placements):
+    for done in write_rest(tier.write, placements, keep_cached=keep_cached):
         told(done, total)
     for done in wait(tier):
         told(total - tier.total_bytes + done, total)

@@ -3,13 +3,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "error/error.hpp"
+#include "host_tier/checksums.hpp"
 #include "support/tier_setup.hpp"
 #include "support/waiting.hpp"
 
@@ -217,6 +220,119 @@ TEST_P(HostTierTest, CanGoAtAnyTime) {
   setup.expect_nothing_held();
 }
 
+// ---- files that change -------------------------------------------------------------------------
+
+struct ChangingFileTest : HostTierTest {};
+
+INSTANTIATE_TEST_SUITE_P(Tiers, ChangingFileTest, ::testing::Values("mapped", "stream"),
+                         [](const auto& tier) { return std::string(tier.param); });
+
+TEST_P(ChangingFileTest, NoPageOfItIsGivenUntilItIsBack) {
+  const TestModel model = simple_model(directory, 10);
+  const std::string path = model.source.paths[0];
+  const auto written = std::filesystem::last_write_time(path);
+  Bytes whole(8);
+  {
+    std::ifstream file(path, std::ios::binary);
+    file.read(reinterpret_cast<char*>(whole.data()), 8);
+  }
+  whole.insert(whole.end(), model.bytes.begin(), model.bytes.end());
+  const auto tier = make(model);
+  ASSERT_TRUE(tier->wait_for(kLongest));
+  EXPECT_TRUE(fetched_is(setup, *tier, 3, model));
+  for (int how = 0; how < 3; ++how) {
+    if (how == 0) std::filesystem::resize_file(path, 2 * kTierPage + 100);
+    if (how == 1) std::filesystem::resize_file(path, 0);
+    if (how == 2) overwrite(path, 9 * kTierPage, pattern(100, 5));
+    for (int trial = 0; trial < 2; ++trial) {
+      for (PageIndex page = 0; page < 10; ++page) {
+        EXPECT_FALSE(tier->ready(page)) << page;
+        try {
+          tier->fetch(page);
+          ADD_FAILURE() << "gave page " << page;
+        } catch (const CheckpointError& error) {
+          EXPECT_EQ(error.path, path);
+          EXPECT_EQ(error.offset, page * kTierPage + 8);
+        }
+      }
+      Bytes bytes(100);
+      EXPECT_THROW(tier->read(kTierPage, bytes.data(), bytes.size()), CheckpointError);
+      EXPECT_THROW(tier->require_unchanged(), CheckpointError);
+    }
+    directory.write("simple", whole);  // in place: the same file
+    std::filesystem::last_write_time(path, written);
+    for (PageIndex page = 0; page < 10; ++page) {
+      EXPECT_TRUE(fetched_is(setup, *tier, page, model));
+    }
+  }
+}
+
+TEST_P(ChangingFileTest, PagesOfOtherFilesAreGivenAsBefore) {
+  TestModel model = simple_model(directory, 4);
+  const Bytes other = pattern(kTierPage, 3);
+  model.source.paths.push_back(directory.write("other", other));
+  model.source.extents.push_back({1, 0, model.bytes.size(), other.size()});
+  model.bytes.insert(model.bytes.end(), other.begin(), other.end());
+  model.given.resize(model.bytes.size(), true);
+  const auto tier = make(model);
+  ASSERT_TRUE(tier->wait_for(kLongest));
+  std::filesystem::resize_file(model.source.paths[0], 100);
+  EXPECT_TRUE(fetched_is(setup, *tier, 4, model));
+  EXPECT_THROW(tier->fetch(0), CheckpointError);
+}
+
+TEST_P(ChangingFileTest, ChangeThatTimeAndSizeDoNotTellIsFoundByChecksum) {
+  const TestModel model = random_model(directory, 5, 200001);
+  const auto tier = make(model);
+  write_gaps(*tier, model);
+  ASSERT_TRUE(tier->wait_for(kLongest));
+  const auto bytes_of = [&](PageIndex page) {
+    Bytes bytes(kTierPage);
+    const std::size_t offset = page * kTierPage;
+    tier->read(offset, bytes.data(), std::min(kTierPage, model.bytes.size() - offset));
+    return bytes;
+  };
+  const auto verify = [&](PageIndex page) {
+    const Bytes bytes = bytes_of(page);
+    tier->verify(page, reinterpret_cast<const std::byte*>(bytes.data()));
+  };
+  for (int pass = 0; pass < 2; ++pass) {
+    for (PageIndex page = 0; page < tier->page_count(); ++page) verify(page);
+  }
+  const Extent& extent = model.source.extents[model.source.extents.size() / 2];
+  const auto page = static_cast<PageIndex>(extent.region_offset / kTierPage);
+  const std::string path = model.source.paths[extent.file];
+  const auto before = static_cast<unsigned char>(model.bytes[extent.region_offset]);
+  overwrite_unseen(path, extent.file_offset, {static_cast<unsigned char>(before ^ 1)});
+  try {
+    verify(page);
+    FAIL() << "not noticed";
+  } catch (const CheckpointError& error) {
+    EXPECT_EQ(error.path, path);
+    EXPECT_LE(error.offset, extent.file_offset);
+  }
+}
+
+TEST(ChecksumTest, OneByteThatDiffersIsSeenWhereverItIs) {
+  for (const std::size_t nbytes : {0, 1, 7, 8, 31, 32, 33, 95, 96, 1000}) {
+    Bytes bytes = pattern(nbytes, nbytes);
+    const auto sum = [&] {
+      return checksum(reinterpret_cast<const std::byte*>(bytes.data()), nbytes);
+    };
+    const std::uint64_t whole = sum();
+    for (unsigned char& byte : bytes) {
+      for (const int bit : {0, 3, 7}) {
+        byte = static_cast<unsigned char>(byte ^ (1 << bit));
+        EXPECT_NE(sum(), whole);
+        byte = static_cast<unsigned char>(byte ^ (1 << bit));
+      }
+    }
+    EXPECT_EQ(sum(), whole);
+    bytes.push_back(0);  // a zero more is another sum
+    EXPECT_NE(checksum(reinterpret_cast<const std::byte*>(bytes.data()), nbytes + 1), whole);
+  }
+}
+
 // ---- pinned ------------------------------------------------------------------------------------
 
 TEST(PinnedTierTest, FileThatShrinksMeanwhileIsNamed) {
@@ -236,6 +352,21 @@ TEST(PinnedTierTest, FileThatShrinksMeanwhileIsNamed) {
     }
   }
   setup.expect_nothing_held();
+}
+
+TEST(PinnedTierTest, LeavesOneCopyInMemoryUnlessTold) {
+  TemporaryDirectory directory;
+  TierSetup setup;
+  const TestModel model = simple_model(directory, 500);
+  const std::string path = model.source.paths[0];
+  if (!drop_cached(path)) GTEST_SKIP() << "the files of this system are never out of memory";
+  for (const auto cache : {PageCache::kSpare, PageCache::kUse}) {
+    PinnedTier tier(setup.device, model.bytes.size(), kTierPage, model.source, 3, cache);
+    ASSERT_TRUE(tier.wait_for(kLongest));
+    EXPECT_EQ(std::memcmp(tier.address(), model.bytes.data(), model.bytes.size()), 0);
+    const std::size_t cached = cached_bytes(path);
+    EXPECT_TRUE(cache == PageCache::kSpare ? cached == 0 : cached >= model.bytes.size()) << cached;
+  }
 }
 
 TEST(PinnedTierTest, PageCanBeFetchedWhileOthersAreRegistered) {
@@ -309,6 +440,25 @@ TEST(MappedTierTest, RegistersOnlyWhatIsNeededAndWritesNothingOfFiles) {
   EXPECT_THROW(tier->write(99, &byte, 1), std::invalid_argument);
   tier->write(100, &byte, 1);
   EXPECT_GT(tier->stats().pinned_bytes, 0U);
+}
+
+TEST(MappedTierTest, FileThatShrinksBetweenLookAndCopyIsAnErrorOfTheCopy) {
+  TemporaryDirectory directory;
+  TierSetup setup;
+  const TestModel model = simple_model(directory, 4);
+  const auto tier = setup.make("mapped", model);
+  ASSERT_TRUE(tier->wait_for(kLongest));
+  Bytes target(kTierPage);
+  const OwnedStream stream(setup.device);
+  const std::vector<Piece> pieces = tier->fetch(3);
+  std::filesystem::resize_file(model.source.paths[0], 100);
+  for (const Piece& piece : pieces) {
+    ASSERT_NE(piece.file, nullptr);
+    setup.device->copy_mapped(target.data(), piece.source, *piece.file, piece.file_offset,
+                              piece.nbytes, stream.get());
+  }
+  const auto copied = setup.event_now(stream.get());
+  EXPECT_THROW(setup.device->event_synchronize(copied->get()), CheckpointError);
 }
 
 TEST(MappedTierTest, ExtentsThatOverlapAreRefused) {

@@ -2,9 +2,7 @@
 // buffers that wait for their copies, files that fail, and reads past the page cache.
 #include "host_tier/stream_tier.hpp"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <filesystem>
@@ -196,41 +194,6 @@ TEST_F(StreamTierTest, RingBelowTwoPagesIsRefused) {
 
 // ---- errors ------------------------------------------------------------------------------------
 
-TEST_F(StreamTierTest, FileThatShrinksFailsItsPagesOnlyUntilItIsBack) {
-  const TestModel model = simple_model(directory, 10);
-  const auto tier = make(model, 3);
-  const std::string path = model.source.paths[0];
-  const Bytes whole = [&] {
-    Bytes bytes(8);
-    bytes.insert(bytes.end(), model.bytes.begin(), model.bytes.end());
-    return bytes;
-  }();
-  const std::size_t size = 5 * kTierPage + 100;
-  std::filesystem::resize_file(path, size);
-  tier->expect(pages_up_to(10));
-  for (int pass = 0; pass < 2; ++pass) {
-    for (PageIndex page = 0; page < 10; ++page) {
-      if (page < 5) {
-        EXPECT_TRUE(fetched_is(setup, *tier, page, model));
-        continue;
-      }
-      for (int trial = 0; trial < 2; ++trial) {
-        try {
-          tier->fetch(page);
-          ADD_FAILURE() << "read page " << page;
-        } catch (const CheckpointError& error) {
-          EXPECT_EQ(error.path, path);
-          EXPECT_GE(error.offset, size);
-        }
-      }
-    }
-  }
-  directory.write("simple", whole);  // in place: the same file
-  for (PageIndex page = 0; page < 10; ++page) {
-    EXPECT_TRUE(fetched_is(setup, *tier, page, model));
-  }
-}
-
 TEST_F(StreamTierTest, FileThatIsRemovedMeanwhileIsStillRead) {
   const TestModel model = simple_model(directory, 10);
   const auto tier = make(model, 3);
@@ -261,11 +224,7 @@ TEST_F(StreamTierTest, FilesOutsideThePageCacheAreReadPastIt) {
   for (std::size_t seed = 20; seed < 24; ++seed) {
     const TestModel model = random_model(directory, seed, 300000);
     for (const auto& path : model.source.paths) {
-      const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-      ASSERT_GE(descriptor, 0);
-      ::fsync(descriptor);
-      ::posix_fadvise(descriptor, 0, 0, POSIX_FADV_DONTNEED);
-      ::close(descriptor);
+      if (!drop_cached(path)) GTEST_SKIP() << "the files of this system are never out of memory";
     }
     const auto tier = setup.make("stream", model);
     write_gaps(*tier, model);
@@ -273,6 +232,9 @@ TEST_F(StreamTierTest, FilesOutsideThePageCacheAreReadPastIt) {
     for (PageIndex page = 0; page < tier->page_count(); ++page) {
       EXPECT_TRUE(fetched_is(setup, *tier, page, model));
     }
+    Bytes bytes(model.bytes.size());
+    tier->read(0, bytes.data(), bytes.size());
+    for (const auto& path : model.source.paths) EXPECT_EQ(cached_bytes(path), 0U);
   }
 }
 
