@@ -31,6 +31,8 @@ def add_settings(
     add("--host", choices=HOST_TIERS, default="auto", help="where weights wait, with frames")
     add("--host-budget", type=size, help="host memory that the model may take")
     add("--page-size", type=size, help="of a page")
+    add("--keep-cached", action="store_true", help="leave checkpoints in the page cache")
+    add("--verify", action="store_true", help="compare every load with its source; slow")
 
 
 def settings_of(options: argparse.Namespace) -> Options:
@@ -42,6 +44,8 @@ def settings_of(options: argparse.Namespace) -> Options:
         "host": options.host,
         "host_budget": options.host_budget,
         "page_size": options.page_size,
+        "keep_cached": options.keep_cached,
+        "verify": options.verify,
     }
 
 

@@ -22,6 +22,7 @@ def filled_memory(
     *,
     host: str,
     host_budget: int | None,
+    keep_cached: bool,
     writable: bool,
     verify: bool,
     progress: Progress | None,
@@ -34,6 +35,8 @@ def filled_memory(
         For all placements.
     host, host_budget
         The host tier of frames, and the bytes of host memory that it may take; see `open_tier`.
+    keep_cached
+        Whether what is copied from files stays in the page cache as well.
     writable
         Whether managed memory will be written to.
     verify
@@ -48,9 +51,17 @@ def filled_memory(
     """
     if not pager.divides:
         region = pager.reserve(nbytes, writable=writable)
-        fill(region, placements, progress)
+        fill(region, placements, progress, keep_cached=keep_cached)
         return ManagedMemory(pager, region)
-    tier = open_tier(host, pager, nbytes, placements, budget=host_budget, progress=progress)
+    tier = open_tier(
+        host,
+        pager,
+        nbytes,
+        placements,
+        budget=host_budget,
+        progress=progress,
+        keep_cached=keep_cached,
+    )
     return _frames(pager, tier, verify)
 
 

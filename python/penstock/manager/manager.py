@@ -53,11 +53,18 @@ class MemoryManager(Registration):
         needs more is refused.
     page_size
         Bytes of a page; see `Pager`.
+    keep_cached
+        Whether checkpoints stay in the page cache once they were copied from there: a second copy
+        in memory, where the next start finds them. Otherwise what was not cached before is read
+        past the page cache. `"mapped"` lives in the page cache in either case, and `"stream"` stays
+        past it.
     trace
         Whether times are taken of every step and load, for `timeline`.
     verify
-        Whether every load is compared with its source, and pages that were used are overwritten.
-        Slow; for tests.
+        Whether every load into frames is compared with its source, and pages that were used are
+        overwritten. With `"mapped"` and `"stream"`, each load is also compared, by checksum, with
+        what the file gave when it was loaded first: so a change is found that left the file's size
+        and time alone. Slow; for tests, and for files that are not trusted to stay.
     progress
         Whether to show progress bars; None for: if standard error is a terminal.
     policy
@@ -84,6 +91,7 @@ class MemoryManager(Registration):
         host: str = "auto",
         host_budget: int | str | None = None,
         page_size: int | str | None = None,
+        keep_cached: bool = False,
         trace: bool = False,
         verify: bool = False,
         progress: bool | None = None,
@@ -97,6 +105,7 @@ class MemoryManager(Registration):
                 host=host,
                 host_budget=host_budget,
                 page_size=page_size,
+                keep_cached=keep_cached,
                 trace=trace,
                 verify=verify,
                 progress=progress,

@@ -143,6 +143,7 @@ class Registration(ModelsInUse):
                 placements,
                 host=self._settings.host,
                 host_budget=self._settings.host_budget_bytes,
+                keep_cached=self._settings.keep_cached,
                 writable=writable,
                 verify=self._settings.verify,
                 progress=progress,

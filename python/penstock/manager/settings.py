@@ -26,6 +26,7 @@ class OptionsBesideCap(TypedDict, total=False):
     host: str
     host_budget: int | str | None
     page_size: int | str | None
+    keep_cached: bool
     trace: bool
     verify: bool
     progress: bool | None
@@ -54,6 +55,7 @@ class Settings:
     host: str = "auto"
     host_budget: int | str | None = None
     page_size: int | str | None = None
+    keep_cached: bool = False
     trace: bool = False
     verify: bool = False
     progress: bool | None = None
