@@ -143,7 +143,8 @@ class Binding:
         warnings.warn(
             f"{len(new)} parameters are no longer on pager memory (first: {new[0]!r}), so the cap "
             "does not count them: a call such as .half() or .to(dtype) copied them. Ask for the "
-            "dtype when registering instead: register(..., dtype=torch.float16)",
+            "dtype when registering instead: register(..., dtype=torch.float16); convert a loaded "
+            "module before offload",
             ParameterMovedWarning,
             stacklevel=2,
         )

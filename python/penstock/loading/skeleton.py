@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from penstock.errors import ModelError
+from penstock.loading.slots import shapeless
 
 __all__ = ["build_skeleton", "set_payload"]
 
@@ -104,7 +105,7 @@ def _register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) ->
     if param is None or param.is_meta or _building.depth == 0:
         return
     if isinstance(param, UninitializedParameter):
-        raise _shapeless(name)
+        raise shapeless(name)
     try:
         set_payload(param, torch.empty_like(param.data, device="meta"))
     except RuntimeError as error:
@@ -164,7 +165,7 @@ def _initializes(func: object) -> bool:
 def _require_skeleton(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, UninitializedParameter):
-            raise _shapeless(name)
+            raise shapeless(name)
     real = [name for name, parameter in module.named_parameters() if not parameter.is_meta]
     if real:
         raise ModelError(
@@ -176,7 +177,7 @@ def _require_skeleton(module: nn.Module) -> None:
         for name, buffer in owner._buffers.items():
             full = f"{prefix}.{name}" if prefix else name
             if isinstance(buffer, UninitializedBuffer):
-                raise _shapeless(full)
+                raise shapeless(full)
             if buffer is not None and buffer.is_meta and name in owner._non_persistent_buffers_set:
                 lost.append(full)
     if lost:
@@ -184,10 +185,3 @@ def _require_skeleton(module: nn.Module) -> None:
             f"{len(lost)} buffers are on meta (first: {lost[0]!r}), so what the constructor "
             "computed into them is lost: pass a builder, such as lambda: Model(config)"
         )
-
-
-def _shapeless(name: str) -> ModelError:
-    return ModelError(
-        f"{name!r} has no shape until the first call: give the module its sizes (Linear instead of "
-        "LazyLinear, and so on)"
-    )

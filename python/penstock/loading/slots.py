@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from penstock.errors import CheckpointError
+from penstock.errors import CheckpointError, ModelError
 from penstock.loading.weights import Source, Weights
 
-__all__ = ["Slot", "find_slots", "match"]
+__all__ = ["Slot", "find_slots", "match", "shapeless"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,11 @@ def find_slots(module: nn.Module) -> list[Slot]:
     """List the parameters and persistent buffers of a module, tied ones once, in its own order.
 
     A tensor that is held under a persistent name and under one that is not has both owners.
+
+    Raises
+    ------
+    ModelError
+        If one has no shape yet.
     """
     slots: dict[int, Slot] = {}
     kept = {
@@ -74,6 +80,8 @@ def find_slots(module: nn.Module) -> list[Slot]:
                 if tensor is None or id(tensor) not in kept:
                     continue
                 full = f"{prefix}.{name}" if prefix else name
+                if is_lazy(tensor):
+                    raise shapeless(full)
                 seen = slots.get(id(tensor))
                 slots[id(tensor)] = Slot(
                     names=(*seen.names, full) if seen else (full,),
@@ -82,6 +90,14 @@ def find_slots(module: nn.Module) -> list[Slot]:
                     shape=tuple(tensor.shape),
                 )
     return list(slots.values())
+
+
+def shapeless(name: str) -> ModelError:
+    """Make the error for a tensor of a lazy module that was not called yet."""
+    return ModelError(
+        f"{name!r} has no shape until the first call: give the module its sizes (Linear instead of "
+        "LazyLinear, and so on), or call it once before it is offloaded"
+    )
 
 
 def match(

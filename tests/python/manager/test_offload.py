@@ -166,6 +166,9 @@ def test_host_tiers_that_need_files_are_refused(plain: nn.Module) -> None:
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(ModelError, match="ReLU has no weights, so there is nothing to offload"):
         penstock.offload(nn.ReLU(), cap="1MiB", device="cpu")
+    for empty in (nn.LazyLinear(3), nn.LazyBatchNorm1d()):
+        with pytest.raises(ModelError, match="has no shape until the first call"):
+            penstock.offload(empty, cap="1MiB", device="cpu")
 
 
 @pytest.mark.parametrize("pager", ["managed", "frames"])
