@@ -47,12 +47,13 @@ class File {
   /// @param room  Bytes of `target`, where more than `nbytes` of them may be written to: a direct
   ///              read whose offset, target and room are aligned needs no buffer in between.
   /// @throws CheckpointError where the file ends early, the read fails, or the file was changed
-  /// since
-  ///         it was opened.
+  ///         since it was opened.
   void read(void* target, std::uint64_t offset, std::size_t nbytes, std::size_t room = 0) const;
 
-  /// Whether it has the size and the time of its last write that it had when it was opened. The
-  /// system sets them before it changes bytes: where they are the same, what was read was right.
+  /// Whether it has the size and the time of its last write that it had when it was opened. Asked
+  /// after a read, since the system sets them before it changes bytes. They do not tell of a write
+  /// whose time was put back, of one in the same tick of the system's clock as the last before the
+  /// file was opened, nor at once of one through a mapping.
   bool is_unchanged() const noexcept;
   /// @param offset  For the error: the byte that is wanted. @throws CheckpointError where not.
   void require_unchanged(std::uint64_t offset) const;
@@ -72,10 +73,9 @@ class File {
   std::uint64_t size_ = 0;
   struct timespec written_{};
   PageCache cache_;
-  int direct_ = -1;          // of the same file; -1 where direct reads are refused
-  void* mapping_ = nullptr;  // never touched: only asked which of it is in the page cache
-  std::vector<bool>
-      blocks_;  // whether each was cached when the file was opened; empty: nobody knows
+  int direct_ = -1;           // of the same file; -1 where direct reads are refused
+  void* mapping_ = nullptr;   // never touched: only asked which of it is in the page cache
+  std::vector<bool> blocks_;  // by block: whether it was cached at first; empty: nobody knows
   mutable std::atomic<bool> refused_{false};
 };
 

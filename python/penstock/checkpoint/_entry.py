@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from penstock.checkpoint._file import RegularFile
 from penstock.checkpoint._json import JsonObject
 from penstock.checkpoint._refusal import Refusal, shorten
 from penstock.checkpoint.dtypes import DTYPES, DType
@@ -34,6 +35,9 @@ class TensorEntry:
         Its first byte, from the start of that file.
     nbytes
         Its size in bytes.
+    written
+        When the file was last written to before this was read, in nanoseconds: what lies there may
+        be something else once that changes.
     """
 
     name: str
@@ -42,9 +46,10 @@ class TensorEntry:
     path: Path
     offset: int
     nbytes: int
+    written: int
 
 
-def read_entry(path: Path, name: str, value: object, start: int, file_size: int) -> TensorEntry:
+def read_entry(path: Path, name: str, value: object, start: int, file: RegularFile) -> TensorEntry:
     """Check one entry by itself and return its extent.
 
     Parameters
@@ -53,8 +58,10 @@ def read_entry(path: Path, name: str, value: object, start: int, file_size: int)
         The file and the tensor, for the result.
     value
         What the header holds under that name.
-    start, file_size
-        The bytes of the file between which all data must lie.
+    start
+        The byte of the file at which all data begins.
+    file
+        In which it has to end.
 
     Raises
     ------
@@ -67,16 +74,16 @@ def read_entry(path: Path, name: str, value: object, start: int, file_size: int)
         shape = _shape(fields["shape"])
         begin, end = _extent(fields["data_offsets"])
         _check_size(dtype, shape, end - begin)
-        if start + end > file_size:
+        if start + end > file.size:
             raise Refusal(
-                f"its bytes end at {start + end} of a {file_size}-byte file",
+                f"its bytes end at {start + end} of a {file.size}-byte file",
                 "the file is truncated: download or save it again",
                 offset=start + begin,
             )
     except Refusal as refusal:
         refusal.tensor = name
         raise
-    return TensorEntry(name, dtype.code, shape, path, start + begin, end - begin)
+    return TensorEntry(name, dtype.code, shape, path, start + begin, end - begin, file.written)
 
 
 def _fields(value: object) -> JsonObject:

@@ -27,10 +27,19 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class RegularFile:
-    """An open file and its size when it was opened."""
+    """An open file, with its size and the time of its last write when it was opened.
+
+    Parameters
+    ----------
+    size
+        In bytes.
+    written
+        In nanoseconds.
+    """
 
     descriptor: int
     size: int
+    written: int
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return exactly `nbytes` bytes from `offset`, or refuse the file."""
@@ -62,6 +71,6 @@ def open_regular(path: Path) -> Iterator[RegularFile]:
         if not stat.S_ISREG(status.st_mode):
             kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
             raise Refusal(f"is {kind}, not a regular file", "pass the path of a file")
-        yield RegularFile(descriptor, status.st_size)
+        yield RegularFile(descriptor, status.st_size, status.st_mtime_ns)
     finally:
         os.close(descriptor)

@@ -55,7 +55,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         items = parse_object(raw, start=_LENGTH_BYTES)
         items.check_keys("name", names_tensors=True)
         metadata = _metadata(items.pop("__metadata__", JsonObject()))
-        tensors = [read_entry(path, name, value, start, file.size) for name, value in items.items()]
+        tensors = [read_entry(path, name, value, start, file) for name, value in items.items()]
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
         _check_tiling(tensors, start, file.size)
     return Header(path, tuple(tensors), metadata)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from penstock import _core
 from penstock.checkpoint import TensorEntry
 from penstock.errors import CheckpointError, ModelError
+from penstock.loading.fill import open_listed
 from penstock.loading.metadata import METADATA
 from penstock.loading.weights import Source
 from penstock.torch_private import (
@@ -161,7 +161,7 @@ def _value(value: Any) -> Any:  # noqa: ANN401
         at = 0
         for entry in where:
             try:
-                _core.File(str(entry.path)).read(entry.offset, flat[at : at + entry.nbytes])
+                open_listed(entry).read(entry.offset, flat[at : at + entry.nbytes])
             except CheckpointError as error:
                 error.tensor = entry.name
                 raise

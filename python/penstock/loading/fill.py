@@ -18,7 +18,7 @@ from penstock.loading.layout import Placement
 from penstock.memory.region import Region
 from penstock.report.progress import Progress
 
-__all__ = ["direct_extents", "fill", "wait", "write_rest"]
+__all__ = ["direct_extents", "fill", "open_listed", "require_as_listed", "wait", "write_rest"]
 
 _CHUNK = 16 << 20  # bytes converted at a time
 _POLL = timedelta(milliseconds=50)
@@ -61,6 +61,7 @@ def fill(
     if extents:
         threads = min(8, os.cpu_count() or 1)
         job = _core.FillJob(core, paths, extents, threads, keep_cached)
+        require_as_listed(placements)
         before = job.total_bytes
         for done in wait(job):
             told(done, total)
@@ -147,6 +148,52 @@ def write_rest(
             yield done
 
 
+def require_as_listed(placements: list[Placement]) -> None:
+    """Refuse files that were written to, or exchanged, after their tensors were listed.
+
+    What was opened by name before this call is then what was listed.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the file, and a tensor that was to be read from it.
+    """
+    entries: dict[Path, TensorEntry] = {}
+    for placement in placements:
+        if isinstance(placement.source.where, tuple):
+            entries.update((entry.path, entry) for entry in placement.source.where)
+    for entry in entries.values():
+        _require_as_listed(entry)
+
+
+def _require_as_listed(entry: TensorEntry) -> None:
+    try:
+        written = entry.path.stat().st_mtime_ns
+    except OSError as error:
+        raise CheckpointError(f"cannot read {entry.path}: {error}", path=entry.path) from error
+    if written != entry.written:
+        raise CheckpointError(
+            f"{entry.path} was written to after its tensors were listed, so {entry.name!r} may not "
+            "be where it was: wait until nothing writes to it, and open it again",
+            path=entry.path,
+            tensor=entry.name,
+            offset=entry.offset,
+        )
+
+
+def open_listed(entry: TensorEntry, *, keep_cached: bool = False) -> _core.File:
+    """Open the file of an entry.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be opened, or is not the one that was listed.
+    """
+    file = _core.File(str(entry.path), keep_cached)
+    _require_as_listed(entry)
+    return file
+
+
 class _Files:
     """Files that are read here, each opened once."""
 
@@ -154,10 +201,10 @@ class _Files:
         self._keep_cached = keep_cached
         self._open: dict[Path, _core.File] = {}
 
-    def __getitem__(self, path: Path) -> _core.File:
-        if path not in self._open:
-            self._open[path] = _core.File(str(path), self._keep_cached)
-        return self._open[path]
+    def of(self, entry: TensorEntry) -> _core.File:
+        if entry.path not in self._open:
+            self._open[entry.path] = open_listed(entry, keep_cached=self._keep_cached)
+        return self._open[entry.path]
 
 
 def _reordered(placement: Placement, files: _Files) -> Iterator[torch.Tensor]:
@@ -174,7 +221,7 @@ def _chunks(placement: Placement, files: _Files) -> Iterator[torch.Tensor]:
     where = placement.source.where
     if isinstance(where, tuple):
         for entry in where:
-            yield from _file_chunks(entry, placement.source.dtype, files[entry.path])
+            yield from _file_chunks(entry, placement.source.dtype, files.of(entry))
         return
     tensor = where if isinstance(where, torch.Tensor) else where()
     flat = tensor.contiguous().reshape(-1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from penstock import _core
 from penstock.errors import CapExceededError, DeviceError
-from penstock.loading.fill import direct_extents, wait, write_rest
+from penstock.loading.fill import direct_extents, require_as_listed, wait, write_rest
 from penstock.loading.layout import Placement
 from penstock.memory.pager import Pager
 from penstock.report.progress import Progress
@@ -58,7 +58,7 @@ def open_tier(
     CapExceededError
         If the tier needs more than the budget.
     CheckpointError
-        If a file cannot be read.
+        If a file cannot be read, or was changed since its tensors were listed.
     DeviceError
         If the system refuses the memory.
     """
@@ -152,6 +152,7 @@ def _fill(
     total = sum(placement.nbytes for placement in placements)
     told = progress or (lambda done, total: None)
     told(0, total)
+    require_as_listed(placements)
     for done in write_rest(tier.write, placements, keep_cached=keep_cached):
         told(done, total)
     for done in wait(tier):

@@ -397,6 +397,22 @@ TEST(FramesCapture, PagesStayWhereTheyAreDuringAReplayAndAreMissedAfterTheyWereM
   EXPECT_TRUE(setup.pool->make_room(2 * kPage, nullptr));  // nor is it as if one were under way
 }
 
+TEST(FramesCapture, ReplayThatWouldCopyFromAChangedFileIsRefusedAndNoneIsUnderWay) {
+  FramesSetup setup(4, 4);
+  const ReaderStream graph(setup);
+  FramesRegion& region = *setup.region;
+  region.arrange(arranged(4, 3, 1));
+  region.prepare_capture();
+  region.begin_capture(graph.get());
+  region.end_capture(graph.get());
+  setup.tier->on_require = [] { throw CheckpointError("was changed", "weights", 0); };
+  EXPECT_THROW(region.before_replay(graph.get(), region.mappings()), CheckpointError);
+  EXPECT_TRUE(reads_right(setup, {0, 3}));  // as it may not during a replay
+  setup.tier->on_require = nullptr;
+  region.before_replay(graph.get(), region.mappings());
+  region.after_replay(graph.get());
+}
+
 TEST(FramesCapture, ReplaysAndOtherUsesWaitForEachOther) {
   FramesSetup setup(2, 4);
   const ReaderStream graph(setup);

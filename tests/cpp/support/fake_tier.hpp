@@ -29,6 +29,7 @@ class FakeTier : public HostTier {
 
   std::function<void(PageIndex)> on_fetch;   ///< Before each fetch; may wait, or throw.
   std::function<bool(PageIndex)> ask_ready;  ///< Whether a page is ready; all are without it.
+  std::function<void()> on_require;          ///< In place of looking whether files were changed.
   bool writable = true;                      ///< Whether it gives its address.
   bool together = false;                     ///< Whether its pages lie together, as in a slab.
 
@@ -59,6 +60,9 @@ class FakeTier : public HostTier {
   void expect(std::vector<PageIndex> /*order*/) override {}
   std::size_t pages_together(PageIndex first) const override {
     return together ? (nbytes() + page_size() - 1) / page_size() - first : 1;
+  }
+  void require_unchanged() override {
+    if (on_require) on_require();
   }
   bool ready(PageIndex page) override { return !ask_ready || ask_ready(page); }
 
