@@ -117,15 +117,15 @@ void Streamer::come_to(StepTime time) {
   now_ = time;
 }
 
-void Streamer::load_ahead() noexcept {
+void Streamer::load_ahead(bool whole_pass) noexcept {
   try {
-    move_cursor();
+    move_cursor(whole_pass);
   } catch (const std::exception& error) {
     region_->device().suppress(error.what());
   }
 }
 
-void Streamer::move_cursor() {
+void Streamer::move_cursor(bool whole_pass) {
   freed_ = 0;
   {
     const std::lock_guard lock(observed_mutex_);
@@ -134,7 +134,8 @@ void Streamer::move_cursor() {
   const std::size_t count = upcoming_.order.size();
   if (count == 0) return;
   const StepTime pass_end = (now_ == 0 ? 1 : (now_ - 1) / count + 1) * count;
-  const StepTime last = capturing_ ? pass_end : std::max<StepTime>(now_ + count - 1, count);
+  const StepTime ahead = std::max<StepTime>(now_ + count - (whole_pass ? 0 : 1), count);
+  const StepTime last = capturing_ ? pass_end : ahead;
   const std::size_t window = region_->ahead_window();
   if (pages_ahead_ >= window) return;
   const std::vector<bool> staying = region_->staying();
@@ -180,7 +181,7 @@ Streamer::Batch Streamer::batch_at_cursor(StepTime last, std::size_t most,
 void Streamer::prefetch() {
   const std::lock_guard lock(mutex_);
   skip_to(now_ + 1);  // others may have taken what was loaded before
-  load_ahead();
+  load_ahead(true);
 }
 
 // ---- running -----------------------------------------------------------------------------------

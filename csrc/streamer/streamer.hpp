@@ -133,8 +133,9 @@ class Streamer : private PageObserver {
   void move_to(StepId id);
   void come_to(StepTime time);
   /// Goes as far as it can; `begin` meets the error again that stops it.
-  void load_ahead() noexcept;
-  void move_cursor();
+  /// @param whole_pass  Also what the step at hand reads, which while it runs is in place.
+  void load_ahead(bool whole_pass = false) noexcept;
+  void move_cursor(bool whole_pass);
   /// About `most` pages from the cursor on, those that stay left out.
   Batch batch_at_cursor(StepTime last, std::size_t most, const std::vector<bool>& staying) const;
   void skip_to(StepTime time);

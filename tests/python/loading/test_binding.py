@@ -288,6 +288,24 @@ def test_tensors_that_are_replaced_are_the_users_business(
         assert same_bits(module(IDS).detach(), reference(IDS).detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_that_stand_in_for_a_call_do_not_leave(
+    manager: MemoryManager, reference: nn.Module, dtype: torch.dtype
+) -> None:
+    module = manager.acquire("m")
+    others = {
+        name: torch.ones_like(tensor, dtype=dtype)
+        for name, tensor in reference.named_parameters()
+        if name.startswith("head")
+    }
+    with no_warning(), suppress(RuntimeError):  # dtypes that do not go together
+        torch.func.functional_call(module, others, (IDS,))
+    with no_warning():
+        manager.acquire("m")
+        assert same_bits(module(IDS).detach(), reference(IDS).detach())
+    assert manager.stats().models["m"].moved == ()
+
+
 def test_leaving_later_is_warned_of_too(manager: MemoryManager) -> None:
     module = manager.acquire("m")
     module.body[0].half()

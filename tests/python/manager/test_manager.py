@@ -251,6 +251,37 @@ def test_prefetch_takes_only_what_there_is_room_for() -> None:
     assert several.manager.stats().peak <= 2 * STEP
 
 
+@pytest.mark.parametrize("pager", ["managed", "frames"])
+@pytest.mark.parametrize("how", ["prefetch", "acquire", "reserve"])
+def test_a_model_is_brought_in_after_a_use_as_before_the_first(how: str, pager: str) -> None:
+    plain = build(layers)
+    manager = manager_with(
+        layers,
+        state_of(plain),
+        cap="1MiB",
+        pager=pager,
+        page_size=PAGE if pager == "managed" else 64 * KIB,
+    )
+
+    def brought_in() -> int:
+        before = manager.stats().models["m"].memory.loaded_bytes
+        getattr(manager, how)("m")
+        manager.pager.synchronize()
+        loaded = manager.stats().models["m"].memory.loaded_bytes - before
+        if how == "acquire":
+            manager.release("m", evict=True)
+        if how == "reserve":
+            manager.release_reservation("m")
+        return loaded
+
+    first = brought_in()
+    assert first >= region_of(manager).nbytes
+    for _ in range(2):
+        with torch.no_grad(), manager.use("m") as module:
+            assert same_bits(module(X), plain(X))
+        assert brought_in() == first
+
+
 # ---- acquire and release -----------------------------------------------------------------------
 
 
