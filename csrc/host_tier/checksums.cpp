@@ -29,7 +29,7 @@ std::uint64_t checksum(const std::byte* bytes, std::size_t nbytes) noexcept {
     for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = mix(sums[i], words[i]);
   }
   words = {};
-  std::memcpy(words.data(), bytes + done, nbytes - done);
+  if (done < nbytes) std::memcpy(words.data(), bytes + done, nbytes - done);
   std::uint64_t sum = nbytes;
   for (std::size_t i = 0; i < sums.size(); ++i) sum = mix(sum, mix(sums[i], words[i]));
   return sum;
