@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 __all__ = ["format_bytes", "parse_bytes", "parse_cap"]
 
@@ -46,8 +47,9 @@ def parse_bytes(size: int | str) -> int:
         if match is None or unit is None:
             raise ValueError(f'{size!r} is no size: write bytes, or a text such as "8GiB"')
         size = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-    elif isinstance(size, bool) or not isinstance(size, int):
+    elif isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"a size is an int or a str, not {type(size).__name__}")
+    size = int(size)
     if not 0 < size < 1 << 63:
         raise ValueError(f"a size is positive and below 8 EiB, not {size}")
     return size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from penstock.arguments import checked
 from penstock.cap import process
 from penstock.cap.hard_cap import HardCap
 from penstock.cap.process import STATE
@@ -125,6 +126,7 @@ class CapStats:
         return "\n".join(lines)
 
 
+@checked
 def memory_stats(device: str | torch.device = "cuda") -> CapStats:
     """Return what the bytes under a device's hard cap are used for.
 
@@ -167,6 +169,7 @@ def memory_stats(device: str | torch.device = "cuda") -> CapStats:
     )
 
 
+@checked
 def memory_summary(device: str | torch.device = "cuda") -> str:
     """Return `memory_stats` as a table for people.
 
@@ -178,10 +181,16 @@ def memory_summary(device: str | torch.device = "cuda") -> str:
     return str(memory_stats(device))
 
 
+@checked
 def record_stacks(enabled: bool = True) -> None:
     """Note from now on who makes each tensor of a mebibyte or more, or stop doing so.
 
     The stacks are shown beside the largest blocks, and in the message of `torch.OutOfMemoryError`.
+
+    Raises
+    ------
+    ValueError
+        If it is to end in another thread than it began in, which goes on.
 
     Notes
     -----
@@ -197,6 +206,7 @@ def record_stacks(enabled: bool = True) -> None:
         recorder.__enter__()  # type: ignore[no-untyped-call]
         STATE.recorder = recorder
     elif not enabled and recorder is not None:
+        recorder.require_own_thread()
         STATE.recorder = None
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from penstock import _core
+from penstock.arguments import checked
 from penstock.cap import process
 from penstock.cap.process import STATE
 from penstock.cap.set_cap import require_cuda
@@ -38,6 +39,7 @@ class CappedScope:
         return self._budget.stats().peak
 
 
+@checked
 @contextmanager
 def capped(
     cap: int | str, *, device: str | torch.device = "cuda", page_size: int | str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from penstock.arguments import checked
 from penstock.cap import process
 from penstock.cap.pressure_listener import Callback, Listener, PressureHandle
 from penstock.cap.process import STATE
@@ -11,6 +12,7 @@ from penstock.cap.process import STATE
 __all__ = ["on_pressure"]
 
 
+@checked
 def on_pressure(callback: Callback, *, device: str | torch.device = "cuda") -> PressureHandle:
     """Have a function called when memory under a device's hard cap gets short.
 

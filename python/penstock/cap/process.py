@@ -17,7 +17,7 @@ from penstock import _core
 from penstock.cap.hard_cap import HardCap
 from penstock.cap.pressure_listener import Listener
 from penstock.cap.stacks import StackRecorder
-from penstock.memory.devices import current_ordinal
+from penstock.memory.devices import current_ordinal, device_of
 
 __all__ = ["STATE", "current_cap", "require_cap"]
 
@@ -54,7 +54,7 @@ def current_cap(device: str | torch.device | _core.Device) -> HardCap | None:
         return next((cap for cap in caps if cap.pager.core_device is device), None)
     if device == "auto":
         device = "cuda"
-    where = torch.device(device)
+    where = device_of(device)
     if where.type != "cuda":
         return None
     return STATE.caps.get(current_ordinal() if where.index is None else where.index)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from penstock.arguments import checked
 from penstock.cap import process
 from penstock.cap.hard_cap import HardCap, Overflow
 from penstock.cap.process import STATE
 from penstock.cap.torch_hook import hook_torch, require_native
 from penstock.errors import DeviceError
-from penstock.memory.devices import uses_cuda
+from penstock.memory.devices import device_of, uses_cuda
 from penstock.sizes import parse_bytes
 
 __all__ = ["require_cuda", "set_cap"]
 
 
+@checked
 def set_cap(
     cap: int | str,
     *,
@@ -106,7 +108,7 @@ def require_cuda(device: str | torch.device, call: str, remedy: str) -> None:
     DeviceError
         Saying what needs one, and what to do instead.
     """
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+    if device_of(device).type != "cuda" or not torch.cuda.is_available():
         raise DeviceError(
             f"{call} needs a CUDA device, and {str(device)!r} is none that torch can use here. "
             f"{remedy}",

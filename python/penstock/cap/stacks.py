@@ -7,6 +7,7 @@ result of every operation of its thread, and notes the stack by the address of t
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class StackRecorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._explain = explain
         self._stacks: dict[int, tuple[str, ...]] = {}  # by address, the oldest first
+        self._thread = threading.current_thread()
 
     def __torch_dispatch__(
         self,
@@ -60,6 +62,20 @@ class StackRecorder(TorchDispatchMode):
             while len(self._stacks) > _MOST:
                 del self._stacks[next(iter(self._stacks))]
         return result
+
+    def require_own_thread(self) -> None:
+        """Refuse other threads, whose modes are others.
+
+        Raises
+        ------
+        ValueError
+            Naming the thread that has to do it.
+        """
+        if threading.current_thread() is not self._thread:
+            raise ValueError(
+                f"stacks are recorded in the thread {self._thread.name!r} since it called "
+                "record_stacks(True): call record_stacks(False) there"
+            )
 
     def stack_of(self, address: int) -> tuple[str, ...]:
         """Return the stack of what was last made at an address, innermost first; empty if none."""

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from penstock.arguments import checked
 from penstock.errors import CheckpointError, ModelError
 from penstock.integrations import transformers as transformers_front_end
 from penstock.integrations.json_file import read_json_object
 from penstock.integrations.transformers_class import refuse_quantized
 from penstock.loading.deferred import defer, source_of
 from penstock.loading.skeleton import build_skeleton
-from penstock.loading.weights import Weights, open_weights
+from penstock.loading.weights import Weights, open_weights, require_floating
 from penstock.manager.manager import MemoryManager
 from penstock.manager.settings import split_options
 from penstock.optional_packages import require
@@ -43,6 +44,7 @@ _OFFLOADING = (
 )
 
 
+@checked
 def load(
     directory: str | os.PathLike[str],
     cap: int | str | None = None,
@@ -72,6 +74,7 @@ def load(
     return register(manager, directory, dtype=dtype, **components)
 
 
+@checked
 def register(
     manager: MemoryManager,
     directory: str | os.PathLike[str],
@@ -115,6 +118,7 @@ def register(
     diffusers, transformers = require(
         "a pipeline of diffusers", "diffusers", "diffusers", "transformers"
     )
+    require_floating(dtype)
     path = Path(directory)
     index = read_json_object(path / _INDEX, what="index of a pipeline", who="a pipeline's")
     pipeline_class = _pipeline_class(diffusers, index, path)
@@ -148,6 +152,7 @@ def register(
     return pipeline
 
 
+@checked
 def manager_of(pipeline: DiffusionPipeline) -> MemoryManager | None:
     """Return the manager of a pipeline's parts; None where it was loaded without one."""
     manager = getattr(pipeline, "_penstock_manager", None)

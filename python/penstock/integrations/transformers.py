@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from penstock.arguments import checked
 from penstock.errors import CheckpointError, PenstockError
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
 from penstock.loading.deferred import Deferred, defer, source_of
 from penstock.loading.slots import find_slots
-from penstock.loading.weights import Weights, open_weights
+from penstock.loading.weights import Weights, open_weights, require_floating
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import keep_acquired
 from penstock.manager.settings import OptionsBesideCap
@@ -36,6 +37,7 @@ _CONVERTED = "pytorch_model.bin"
 _OLDEST = [5, 17]
 
 
+@checked
 def load(
     directory: str | os.PathLike[str],
     cap: int | str | None = None,
@@ -86,6 +88,7 @@ def load(
     return keep_acquired(manager, "model")  # type: ignore[return-value]
 
 
+@checked
 def register(
     manager: MemoryManager,
     name: str,
@@ -133,6 +136,11 @@ def register(
     """
     (transformers,) = require("a model of transformers", "transformers", "transformers")
     _require_version(transformers.__version__)
+    require_floating(dtype)
+    if config is not None and not isinstance(config, transformers.PreTrainedConfig):
+        raise TypeError(
+            f"config is a configuration of transformers or None, not {type(config).__name__}"
+        )
     path = Path(directory)
     if config is None:
         config = find_config(transformers, path, trust_remote_code=trust_remote_code)

@@ -87,9 +87,15 @@ def find_class(
     ------
     CheckpointError
         If there is no such class, or it is code in the directory that is not trusted.
+    TypeError
+        If it is a class that loads no models.
     """
     file = path / "config.json"
     if isinstance(wanted, type) and not hasattr(wanted, "_model_mapping"):
+        if not hasattr(wanted, "from_pretrained"):
+            raise TypeError(
+                f"model_class is a class of transformers or its name, not {wanted.__name__}"
+            )
         return wanted
     name = wanted.__name__ if isinstance(wanted, type) else wanted
     if name is None:

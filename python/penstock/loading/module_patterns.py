@@ -98,8 +98,6 @@ def find_page_rules(
 
 
 def _modules_in(model: str, module: nn.Module, patterns: Sequence[str]) -> set[int]:
-    if isinstance(patterns, str):
-        raise TypeError(f"patterns come as a sequence: [{patterns!r}], not {patterns!r}")
     found = (each for pattern in patterns for each in _find_modules(model, module, pattern))
     return {id(part) for each in found for part in each.modules()}
 

@@ -14,7 +14,7 @@ from penstock.checkpoint.dtypes import torch_dtype, torch_shape
 from penstock.checkpoint.torch_files import TORCH_SUFFIXES, load_torch_checkpoint
 from penstock.errors import CheckpointError
 
-__all__ = ["Source", "Weights", "open_weights"]
+__all__ = ["Source", "Weights", "open_weights", "require_floating"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,22 @@ def open_weights(
     return Weights(str(path), dict(_in_files(open_checkpoint(path).tensors)))
 
 
+def require_floating(dtype: torch.dtype | None) -> None:
+    """Refuse a type that weights cannot be converted to without losing what they are.
+
+    Raises
+    ------
+    ValueError
+        If it is not a floating-point type.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is a floating-point torch.dtype or None, not {dtype!r}")
+
+
 def _in_memory(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Source]]:
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"weights: a tensor's name is a str, not {name!r}")
         if not isinstance(tensor, torch.Tensor):
             raise _without_bytes(name, f"a {type(tensor).__name__}")
         if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:

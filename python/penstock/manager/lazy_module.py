@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock.arguments import check_call, checked
 from penstock.manager.manager import MemoryManager
 
 __all__ = ["LazyModule"]
 
 
+@checked
 class LazyModule(nn.Module):
     """Stands where a module is wanted, and has a manager's model do the work.
 
@@ -52,6 +54,8 @@ class LazyModule(nn.Module):
         super().__init__()
         if (module_or_builder is None) != (weights is None):
             raise ValueError("to register a model takes both a builder and its weights")
+        if module_or_builder is not None:  # not in the first call, where nobody looks for it
+            check_call(MemoryManager.register, manager, name, module_or_builder, weights, **options)
         self.manager = manager
         self.name = name
         self._register = (module_or_builder, weights, options)

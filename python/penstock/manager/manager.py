@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from penstock import _core
+from penstock.arguments import checked
 from penstock.errors import CapExceededError, ModelError
 from penstock.loading.module_patterns import select_modules
 from penstock.manager.registered_model import RegisteredModel
@@ -27,6 +28,7 @@ from penstock.sizes import format_bytes, parse_cap
 __all__ = ["MemoryManager"]
 
 
+@checked
 class MemoryManager(Registration):
     """Runs registered models with at most `cap` bytes of weights resident on the device.
 

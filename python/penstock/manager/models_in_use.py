@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from penstock.arguments import checked
 from penstock.errors import CapExceededError, ModelError
 from penstock.manager.registered_model import RegisteredModel
 from penstock.manager.settings import Settings
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _PATIENCE = 60.0  # seconds to go on dividing frames that others take meanwhile
 
 
+@checked
 class ModelsInUse:
     """The part of a `MemoryManager` that is about the use of models that are registered.
 
@@ -206,7 +208,7 @@ class ModelsInUse:
             with self._lock:
                 self._residency.keep_no_more(kept)
 
-    def reserve(self, name: str, *, priority: Priority = Priority.PRIMARY) -> None:
+    def reserve(self, name: str, *, priority: Priority | str = Priority.PRIMARY) -> None:
         """Bring a model in to stay, and take its size from what guests may use.
 
         Parameters
@@ -215,7 +217,7 @@ class ModelsInUse:
             Of the model. Each has one reservation: the same once more does nothing.
         priority
             `Priority.PRIMARY` is never evicted. `Priority.SECONDARY` is where another model could
-            not run otherwise, unless that is a guest; the report says so.
+            not run otherwise, unless that is a guest; the report says so. Their texts do, too.
 
         Raises
         ------

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from typing_extensions import Unpack
 
+from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
@@ -39,6 +40,7 @@ def _not_offloaded() -> None:
     return None
 
 
+@checked
 def offload(
     model: M,
     *,
@@ -119,6 +121,7 @@ def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -
     return model
 
 
+@checked
 def restore(model: M) -> M:
     """Take `offload` back: the weights return to ordinary memory, where they were before.
 
@@ -141,6 +144,7 @@ def restore(model: M) -> M:
     return model
 
 
+@checked
 def manager_of(model: nn.Module) -> MemoryManager | None:
     """Return the manager of an offloaded model: for its report, schedule, statistics and cap.
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.binding import Binding, View
 from penstock.loading.layout import Placement, lay_out
@@ -18,7 +19,7 @@ from penstock.loading.moving import move_in, move_out, survey
 from penstock.loading.open_memory import empty_memory, filled_memory
 from penstock.loading.skeleton import build_skeleton
 from penstock.loading.slots import find_slots, match
-from penstock.loading.weights import Weights, open_weights
+from penstock.loading.weights import Weights, open_weights, require_floating
 from penstock.manager.models_in_use import ModelsInUse
 from penstock.manager.registered_model import RegisteredModel
 from penstock.memory.model_memory import ModelMemory
@@ -33,6 +34,7 @@ __all__ = ["Registration"]
 _log = logging.getLogger("penstock")
 
 
+@checked
 class Registration(ModelsInUse):
     """The part of a `MemoryManager` that takes models in, and lets them go."""
 
@@ -93,8 +95,7 @@ class Registration(ModelsInUse):
         ValueError
             If `dtype` is not a floating-point type.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is a floating-point torch.dtype or None, not {dtype!r}")
+        require_floating(dtype)
         with self._lock:
             if exist_ok and name in self._models:
                 return

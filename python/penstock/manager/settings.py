@@ -65,8 +65,6 @@ class Settings:
         if self.host not in HOST_TIERS:
             known = ", ".join(HOST_TIERS)
             raise ValueError(f"host tier {self.host!r} is not known; use one of {known}")
-        if self.policy is not None and not callable(getattr(self.policy, "order", None)):
-            raise ValueError(f"a policy has a method `order`, which {self.policy!r} has not")
         _ = self.host_budget_bytes
 
     @property

@@ -6,7 +6,7 @@ import torch
 
 from penstock import _core
 
-__all__ = ["current_ordinal", "open_device", "uses_cuda"]
+__all__ = ["current_ordinal", "device_of", "open_device", "uses_cuda"]
 
 
 def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device, torch.device]:
@@ -43,6 +43,20 @@ def open_device(device: str | torch.device | _core.Device) -> tuple[_core.Device
     if info.kind is _core.DeviceKind.cuda:
         return core, torch.device("cuda", info.ordinal)
     return core, torch.device("cpu")
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """Return torch's device of a name.
+
+    Raises
+    ------
+    ValueError
+        If torch has no such name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'unknown device {name!r}: use "cpu", "cuda" or "cuda:N"') from error
 
 
 def current_ordinal() -> int:

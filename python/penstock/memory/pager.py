@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from penstock import _core
+from penstock.arguments import checked
 from penstock.memory.devices import open_device
 from penstock.memory.hard_cap_view import HardCapView
 from penstock.memory.link_rate import LinkRate
@@ -32,6 +33,7 @@ def wait_until_pinned(tier: _core.HostTier) -> None:
         pass
 
 
+@checked
 class Pager:
     """Pages of device memory under a cap.
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from penstock import _core
+from penstock.arguments import checked
 
 __all__ = ["Region"]
 
 
+@checked
 class Region:
     """A range of device addresses, divided into pages; made by `Pager.reserve`.
 

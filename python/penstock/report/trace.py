@@ -45,7 +45,11 @@ def write_trace(path: Path, spans: Mapping[str, Spans]) -> None:
                     **_duration(span),
                 }
             )
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+    try:
+        path.write_text(text)
+    except ValueError as error:
+        raise ValueError(f"no file can have the name {str(path)!r}: {error}") from error
 
 
 def _duration(span: _core.Span) -> dict[str, object]:
