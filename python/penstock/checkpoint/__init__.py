@@ -18,7 +18,8 @@ from penstock.checkpoint._entry import TensorEntry
 from penstock.checkpoint._header import Header, read_header
 from penstock.checkpoint._index import is_index, read_shards
 from penstock.checkpoint._refusal import Refusal, naming
-from penstock.checkpoint.torch_files import TORCH_SUFFIXES
+from penstock.checkpoint.kinds import TORCH_SUFFIXES
+from penstock.checkpoint.torch_files import require_torch_file
 
 __all__ = ["Checkpoint", "Header", "TensorEntry", "open_checkpoint", "read_header"]
 
@@ -72,7 +73,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     with naming(path):
         source = find_source(path) if path.is_dir() else path
-        _check_name(source.name)
+        _check_name(source)
     headers = read_shards(source) if is_index(source.name) else [read_header(source)]
     return Checkpoint(
         path=path,
@@ -82,9 +83,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def _check_name(name: str) -> None:
+def _check_name(source: Path) -> None:
+    name = source.name
     if name.endswith(TORCH_SUFFIXES):
-        raise Refusal("is a torch file by its name", "read it with load_torch_checkpoint")
+        require_torch_file(source)
+        raise Refusal(
+            "is a torch file",
+            "MemoryManager.register reads it as it is, and says how to convert it to safetensors, "
+            "which is what can be looked into",
+        )
     if name.endswith(".json") and not is_index(name):
         raise Refusal(
             "is not an index of safetensors files by its name",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from penstock.checkpoint._index import is_index
 from penstock.checkpoint._refusal import Refusal
-from penstock.checkpoint.torch_files import TORCH_SUFFIXES
+from penstock.checkpoint.kinds import TORCH_SUFFIXES, refuse_names
 
 __all__ = ["find_source"]
 
@@ -68,6 +68,7 @@ def _nothing(names: list[str]) -> Refusal:
             f"holds torch files only: {_list(pickled)}",
             "convert them to safetensors, or pass the path of one of these files",
         )
+    refuse_names(names)
     return Refusal(
         f"holds no safetensors file; found: {_list(names) or 'nothing'}",
         "pass the directory or the file that holds the weights",

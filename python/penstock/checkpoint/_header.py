@@ -15,6 +15,7 @@ from penstock.checkpoint._entry import TensorEntry, read_entry
 from penstock.checkpoint._file import RegularFile, open_regular
 from penstock.checkpoint._json import JsonObject, is_unicode, parse_object
 from penstock.checkpoint._refusal import Refusal, naming, shorten
+from penstock.checkpoint.kinds import HEAD_BYTES, refuse_other_kind
 
 __all__ = ["MAX_JSON_BYTES", "Header", "read_header"]
 
@@ -51,7 +52,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     with naming(path), open_regular(path) as file:
-        start, raw = _read_json(file)
+        try:
+            start, raw = _read_json(file)
+        except Refusal:
+            refuse_other_kind(path.name, file.read(0, min(file.size, HEAD_BYTES)))
+            raise
         items = parse_object(raw, start=_LENGTH_BYTES)
         items.check_keys("name", names_tensors=True)
         metadata = _metadata(items.pop("__metadata__", JsonObject()))

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.checkpoint._file import open_regular
 from penstock.checkpoint._refusal import Refusal, naming, shorten
+from penstock.checkpoint.kinds import refuse_other_kind
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TORCH_SUFFIXES", "load_torch_checkpoint"]
+__all__ = ["load_torch_checkpoint", "require_torch_file"]
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model")
 _ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+_TAR_AT, _TAR_MAGIC = 257, b"ustar"  # what torch wrote before 0.1.10
+_AGAIN = "download it again, or save it again as a plain state dict: torch.save(model.state_dict())"
 _logger = logging.getLogger("penstock")
 
 
@@ -49,7 +55,7 @@ def load_torch_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tenso
     """
     path = Path(path)
     with naming(path):
-        wrapper, tensors = _unwrap(_load(path, mmap=_is_zip(path)))
+        wrapper, tensors = _unwrap(_load(path, mmap=require_torch_file(path)))
     _logger.warning(
         "%s: safetensors files load faster and cannot be misread as code; to convert:\n%s",
         path,
@@ -58,10 +64,44 @@ def load_torch_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tenso
     return tensors
 
 
-def _is_zip(path: Path) -> bool:
-    """Return whether torch wrote the file in its present format, the one that can be mapped."""
+def require_torch_file(path: Path) -> bool:
+    """Return whether torch wrote the file in its present format, the one that can be mapped.
+
+    Raises
+    ------
+    Refusal
+        If it is no torch file, by how it begins and ends.
+    """
     with open_regular(path) as file:
-        return file.read(0, min(file.size, len(_ZIP_MAGIC))) == _ZIP_MAGIC
+        size, head = file.size, file.read(0, min(file.size, _TAR_AT + len(_TAR_MAGIC)))
+    if head.startswith(_ZIP_MAGIC):
+        _require_complete(path, size)
+        return True
+    if not head.startswith(_PICKLE_MAGIC) and head[_TAR_AT:] != _TAR_MAGIC:
+        if size == 0:
+            raise Refusal("is empty", _AGAIN)
+        refuse_other_kind(path.name, head)
+        raise Refusal(f"is not a torch file: it begins with {head[:8]!r}", _AGAIN)
+    return False
+
+
+def _require_complete(path: Path, size: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise Refusal(
+            f"is truncated or damaged: it begins as a torch file, and the directory of its zip "
+            f"archive is not at its end, after {size} bytes",
+            _AGAIN,
+        ) from error
+    if "constants.pkl" in names:
+        raise Refusal(
+            "is a TorchScript archive, which has code beside the weights",
+            "where you trust it, load it with torch.jit.load, and save its state_dict() alone",
+        )
+    if "data.pkl" not in names:
+        raise Refusal("is a zip archive that torch.save did not write: it has no data.pkl", _AGAIN)
 
 
 def _load(path: Path, *, mmap: bool) -> object:
@@ -70,9 +110,17 @@ def _load(path: Path, *, mmap: bool) -> object:
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
+        told = str(error)
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in told:
+            found = re.search(r"GLOBAL ([\w.]+)", told)
+            what = f"objects that are no tensors ({found[1]})" if found else "more than tensors"
+            raise Refusal(
+                f"holds {what}, and a pickle could run code while it is read, so nothing was read",
+                "where you trust it, load it with torch.load(path, weights_only=False), and save "
+                "the tensors alone: torch.save(model.state_dict(), path)",
+            ) from error
         raise Refusal(
-            f"torch cannot load it as weights: {type(error).__name__}: {_first_line(error)}",
-            "download it again, or save it again as a plain state dict of tensors",
+            f"is truncated or damaged: {type(error).__name__}: {_first_line(error)}", _AGAIN
         ) from error
     return content
 

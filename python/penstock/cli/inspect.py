@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from penstock.checkpoint import open_checkpoint
+from penstock.checkpoint.kinds import QUANTIZED, find_quantized
 from penstock.cli.output import print_table
 from penstock.sizes import format_bytes
 
@@ -67,6 +68,8 @@ def _print(found: dict[str, Any], console: Console, shown: int) -> None:
         f"{format_bytes(found['nbytes'])}: {dtypes or 'empty'}",
         highlight=False,
     )
+    if find_quantized(tensor["name"] for tensor in found["tensors"]):
+        console.print(f"these are quantized weights; {QUANTIZED}", highlight=False)
     if "cap" in found:
         console.print(_verdict(found), highlight=False)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from penstock.checkpoint.kinds import refuse_other_weights
 from penstock.errors import CheckpointError
 
 __all__ = ["read_json_object"]
@@ -24,9 +25,10 @@ def read_json_object(file: Path, *, what: str, who: str) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If there is no such file, or it holds something else.
+        If there is no such file, with what there is instead; or it holds something else.
     """
     if not file.is_file():
+        refuse_other_weights(file.parent)
         raise CheckpointError(
             f"{file.parent} has no {file.name}: pass the directory that {who} save_pretrained "
             "wrote, or that it was downloaded to, not a file or the name of a repository",

@@ -17,6 +17,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from penstock.arguments import checked
+from penstock.checkpoint.kinds import QUANTIZED, find_quantized
 from penstock.errors import CheckpointError, PenstockError
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
 from penstock.loading.deferred import Deferred, defer, source_of
@@ -147,6 +148,12 @@ def register(
     refuse_quantized(getattr(config, "quantization_config", None), path / "config.json")
     cls = find_class(transformers, config, path, model_class, trust_remote_code=trust_remote_code)
     weights = _open(path)
+    if name_of_quantized := find_quantized(weights.sources):
+        raise CheckpointError(
+            f"{weights.origin}: tensor {name_of_quantized!r} is of quantized weights; {QUANTIZED}",
+            path=path,
+            tensor=name_of_quantized,
+        )
     model, missing = _run_loading(transformers, cls, config, path, weights, dtype)
     slots = find_slots(model)
     sources = {slot.names[0]: source_of(slot.names[0], slot.current) for slot in slots}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.checkpoint.kinds import QUANTIZED
 from penstock.errors import CheckpointError
 from penstock.integrations.json_file import read_json_object
 
@@ -61,9 +62,7 @@ def refuse_quantized(found: object, file: Path) -> None:
         found = vars(found)
     method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
     raise CheckpointError(
-        f"{file} says that the weights are quantized (method {method!r}): only plain weights can "
-        "be streamed. Take the model's checkpoint without quantization; dtype=torch.bfloat16 "
-        "halves one in float32",
+        f"{file} says that the weights are quantized (method {method!r}): {QUANTIZED}",
         path=file,
     )
 

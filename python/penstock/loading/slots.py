@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from penstock.checkpoint.kinds import QUANTIZED, find_quantized
 from penstock.errors import CheckpointError, ModelError
 from penstock.loading.weights import Source, Weights
 
@@ -152,6 +153,8 @@ def match(
             "Pass the checkpoint of this model; strict=False lets unexpected names and missing "
             "buffers pass"
         )
+        if name := find_quantized(weights.sources):
+            remedy = f"{name!r} is of quantized weights; {QUANTIZED}"
         lines = "\n  ".join(problems)
         raise CheckpointError(
             f"{weights.origin} does not fit {type(module).__name__}:\n  {lines}\n{remedy}."

@@ -11,7 +11,8 @@ import torch
 
 from penstock.checkpoint import TensorEntry, open_checkpoint
 from penstock.checkpoint.dtypes import torch_dtype, torch_shape
-from penstock.checkpoint.torch_files import TORCH_SUFFIXES, load_torch_checkpoint
+from penstock.checkpoint.kinds import TORCH_SUFFIXES
+from penstock.checkpoint.torch_files import load_torch_checkpoint
 from penstock.errors import CheckpointError
 
 __all__ = ["Source", "Weights", "open_weights", "require_floating"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -77,7 +79,8 @@ def test_code_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     content = {"w": Malicious(touched)}
     path = save(tmp_path / "a.pt", content, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"(?s)a\.pt: torch cannot load it as weights"):
+    what = r"a\.pt: holds objects that are no tensors \(posix\.mkdir\), and a pickle could run code"
+    with pytest.raises(CheckpointError, match=f"{what}.*weights_only=False"):
         load_torch_checkpoint(path)
     assert not touched.exists()
 
@@ -106,8 +109,31 @@ def test_other_content_is_refused(content: object, problem: str, tmp_path: Path)
 def test_truncated_file_is_refused(cut: int, zipped: bool, tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", STATE, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="cannot load it as weights"):
+    what = r"a\.pt: is (empty|truncated or damaged|not a torch file)"
+    with pytest.raises(CheckpointError, match=f"{what}.*; download it again"):
         load_torch_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_archives_that_are_no_state_dict_are_named(tmp_path: Path) -> None:
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)).save(tmp_path / "script.pt")
+    np.savez(tmp_path / "a.npz", w=np.ones(2))
+    (tmp_path / "a.npz").rename(tmp_path / "numpy.pt")
+    (tmp_path / "text.pt").write_text("no torch file")
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({"w": Malicious(tmp_path)}, 0x2))
+    for name, told in {
+        "script.pt": "is a TorchScript archive.*torch.jit.load.*state_dict",
+        "numpy.pt": "is a zip archive that torch.save did not write: it has no data.pkl",
+        "text.pt": "is not a torch file: it begins with b'no torch'",
+        "pointer.bin": "is a pointer of Git LFS.*git lfs pull",
+        "module.pt": r"no tensors \(torch.nn.modules.linear.Linear\).*save the tensors alone",
+        "old.pt": r"holds objects that are no tensors \(posix.mkdir|more than tensors",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}: .*{told}") as caught:
+            load_torch_checkpoint(tmp_path / name)
+        assert caught.value.path == tmp_path / name
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

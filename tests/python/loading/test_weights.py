@@ -208,7 +208,7 @@ class Evil:
 def test_torch_file_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.pt"
     torch.save({"weight": Evil()}, path)
-    with pytest.raises(CheckpointError, match="cannot load it as weights"):
+    with pytest.raises(CheckpointError, match=r"no tensors \(print\).*run code"):
         bound(lambda: nn.Linear(2, 2), path)
     assert "code ran" not in capsys.readouterr().out
 
