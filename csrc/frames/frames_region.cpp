@@ -304,9 +304,8 @@ void FramesRegion::flush() {
 std::byte* FramesRegion::writable_tier() const {
   std::byte* address = tier_->address();
   if (address == nullptr) {
-    throw DeviceError("note_write", 0,
-                      "weights were written to, but host tier \"" + tier_->kind() +
-                          "\" cannot keep that: use host=\"pinned\"");
+    throw ModelError("host tier \"" + tier_->kind() +
+                     "\" cannot keep what is written: use host=\"pinned\"");
   }
   return address;
 }

@@ -109,7 +109,7 @@ class FramesRegion : public Region {
   void flush() override;
 
   /// Whether all pages that were in use count as written to, for who cannot say which were.
-  /// @throws DeviceError where the tier cannot be written.
+  /// @throws ModelError where the tier cannot be written.
   void set_writable(bool writable);
 
   /// Whether every load is compared with its source, and pages are overwritten once they were used.
@@ -223,7 +223,7 @@ class FramesRegion : public Region {
   void copy_in(PageIndex page, const std::vector<Piece>& pieces);
   void verify_load(PageIndex page, const std::vector<Piece>& pieces);
   void poison(Place& place);
-  /// First byte of the tier. @throws DeviceError where it cannot be written.
+  /// First byte of the tier. @throws ModelError where it cannot be written.
   std::byte* writable_tier() const;
   /// Has a page that may have been written to copied back, where that is wanted, behind its readers
   /// as the stream of copies knows them. @return whether it is.

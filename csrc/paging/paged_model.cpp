@@ -55,7 +55,7 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
   Hold hold;
   hold.written =
       std::any_of(ranges, ranges + count, [](const PagingRange& each) { return each.written; });
-  if (hold.written) region_->require_writable();
+  if (hold.written) require_writable(operation, ranges, count);
   const StreamHandle stream{operation.stream};
   StepId& step = hold.step;
   StepId at = kUnforeseen;
@@ -91,6 +91,19 @@ PagedModel::Hold PagedModel::begin(const PagingOperation& operation, const Pagin
   }
   begin_after_others(hold, at, stream);
   return hold;
+}
+
+void PagedModel::require_writable(const PagingOperation& operation, const PagingRange* ranges,
+                                  std::size_t count) const {
+  try {
+    region_->require_writable();
+  } catch (const ModelError& error) {
+    const PagingRange* const written =
+        std::find_if(ranges, ranges + count, [](const PagingRange& each) { return each.written; });
+    throw ModelError("model '" + name_ + "': " + operation.name + " would write to '" +
+                     tensors_[tensor_at(offset_of(*written))].name + "', and " + error.what() +
+                     ". Nothing has changed");
+  }
 }
 
 bool PagedModel::begin_at_once(const PagingOperation& operation, const PagingRange* ranges,

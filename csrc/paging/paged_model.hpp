@@ -75,7 +75,7 @@ class PagedModel {
   };
 
   /// An operation begins. @return what `end` takes.
-  /// @throws CapExceededError and CheckpointError naming the operation and its tensors, DeviceError
+  /// @throws CapExceededError and CheckpointError naming the operation and its tensors, ModelError
   ///         where it writes and that could not be kept, ScheduleError on a stream that somebody
   ///         else captures; nothing is held then.
   /// @param patient  Whether to wait for operations of other threads where there is no room.
@@ -168,6 +168,8 @@ class PagedModel {
   std::size_t tensor_at(std::size_t offset) const;
   void tell_of_use();
   void tell_of_pass(const PassEnd& end);
+  void require_writable(const PagingOperation& operation, const PagingRange* ranges,
+                        std::size_t count) const;
   /// Begins a step for which there was no room, after operations of other threads.
   void begin_after_others(const Hold& hold, StepId at, StreamHandle stream);
   void drop_holder() noexcept;

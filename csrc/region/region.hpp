@@ -77,7 +77,7 @@ class Region {
   virtual bool settled(const std::vector<PageIndex>& pages, StreamHandle stream) const = 0;
   /// Drops those of `pages` that are not in use. @return bytes given back to the budget.
   virtual std::size_t evict(const std::vector<PageIndex>& pages) = 0;
-  /// To be asked before pages are written to. @throws DeviceError where that could not be kept.
+  /// To be asked before pages are written to. @throws ModelError where that could not be kept.
   virtual void require_writable() const = 0;
   /// Whether it could.
   virtual bool keeps_writes() const = 0;

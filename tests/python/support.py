@@ -46,7 +46,7 @@ def manager_with(
     state: Mapping[str, torch.Tensor],
     *,
     cap: int | str,
-    page_size: int | str = "64KiB",
+    page_size: int | str | None = "64KiB",
     device: Any = "cpu",
     pager: str = "managed",
     host: str = "auto",

@@ -84,8 +84,8 @@ class Registration(ModelsInUse):
         Raises
         ------
         ModelError
-            If the name is taken, the module is no skeleton, a pattern matches no module, or one is
-            pinned and streamed.
+            If the name is taken, the module is no skeleton or is scripted, a pattern matches no
+            module, or one is pinned and streamed.
         CheckpointError
             If the weights cannot be read, or do not fit the module.
         CapExceededError
@@ -102,6 +102,7 @@ class Registration(ModelsInUse):
             self._require_new(name)
             with self._pager.measuring_link():
                 module = build_skeleton(module_or_builder)
+            _refuse_scripted(module)
             slots = find_slots(module)
             pairs = match(module, slots, open_weights(weights), strict=strict)
             placements, nbytes = lay_out(slots, pairs, dtype, page_size=self.pager.page_size)
@@ -202,8 +203,8 @@ class Registration(ModelsInUse):
         Raises
         ------
         ModelError
-            If the name is taken, weights cannot move (on meta, sparse, quantized), a pattern
-            matches no module, or one is pinned and streamed.
+            If the name is taken, the module is scripted, weights cannot move (on meta, sparse,
+            quantized), a pattern matches no module, or one is pinned and streamed.
         CapExceededError
             If the weights are more than `host_budget`, or what is pinned more than the cap.
         DeviceError
@@ -211,6 +212,7 @@ class Registration(ModelsInUse):
         """
         with self._lock:
             self._require_new(name)
+            _refuse_scripted(module)
             if self._settings.host not in ("auto", "pinned"):
                 raise ModelError(
                     f"host tier {self._settings.host!r} reads from files, which a loaded module "
@@ -289,6 +291,14 @@ class Registration(ModelsInUse):
             runner.memory.close()
             self._residency.remove(model.tenant)
         del self._models[name]
+
+
+def _refuse_scripted(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(module).__name__} is compiled by torch.jit, and takes no hooks: give Penstock "
+            "the module that it was made of, and script that"
+        )
 
 
 def _announce_conversion(name: str, placements: list[Placement]) -> None:

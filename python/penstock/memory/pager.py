@@ -15,7 +15,7 @@ from penstock.memory.devices import open_device
 from penstock.memory.hard_cap_view import HardCapView
 from penstock.memory.link_rate import LinkRate
 from penstock.memory.region import Region
-from penstock.sizes import parse_bytes, parse_cap
+from penstock.sizes import format_bytes, parse_bytes, parse_cap
 from penstock.torch_private import current_stream
 
 __all__ = ["Pager", "wait_until_pinned"]
@@ -104,7 +104,13 @@ class Pager:
 
     def _page_size(self, wanted: int | str | None) -> int:
         if wanted is not None:
-            return parse_bytes(wanted)
+            size = parse_bytes(wanted)
+            if size > self.cap:
+                raise ValueError(
+                    f"page_size is {format_bytes(size)}, and the cap {format_bytes(self.cap)}: no "
+                    "page would fit. Make pages smaller, or leave page_size out, or raise the cap"
+                )
+            return size
         if self.kind == "managed":
             return PAGE_SIZE
         # Large enough for the link's full rate, small enough for a ring to be a small part.

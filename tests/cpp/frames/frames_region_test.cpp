@@ -559,9 +559,9 @@ TEST(FramesWriteBack, IsRefusedWhereItCannotBeKeptOrIsNotInUse) {
   EXPECT_THROW(setup.region->note_write(kPage - 1, 2, kCaller), ScheduleError);
   EXPECT_THROW(setup.region->note_write(4 * kPage - 1, 2, kCaller), std::out_of_range);
   setup.tier->writable = false;
-  EXPECT_THROW(setup.region->require_writable(), DeviceError);
-  EXPECT_THROW(setup.region->note_write(0, 4, kCaller), DeviceError);
-  EXPECT_THROW(setup.region->set_writable(true), DeviceError);
+  EXPECT_THROW(setup.region->require_writable(), ModelError);
+  EXPECT_THROW(setup.region->note_write(0, 4, kCaller), ModelError);
+  EXPECT_THROW(setup.region->set_writable(true), ModelError);
   setup.region->end({0}, kCaller);
   setup.region->flush();
   setup.region->evict({0});

@@ -480,7 +480,7 @@ TEST(PagedModel, WriteThatCouldNotBeKeptIsRefusedBeforeAnythingIsHeld) {
   try {
     setup.model->begin(operation(kCopy), all.data(), all.size());
     FAIL() << "nobody would keep that";
-  } catch (const DeviceError& error) {
+  } catch (const ModelError& error) {
     EXPECT_NE(std::string(error.what()).find("pinned"), std::string::npos) << error.what();
   }
   EXPECT_TRUE(setup.tier->fetches().empty());
@@ -495,7 +495,7 @@ TEST(PagedModel, PagesAreLetGoOfWhereAWriteCannotBeNoted) {
   const std::vector<PagingRange> all = {setup.range(0, 8, true), setup.range(kPage, 8, true)};
   const PagedModel::Hold held = setup.model->begin(operation(kCopy), all.data(), all.size());
   setup.tier->writable = false;
-  EXPECT_THROW(setup.model->end(held, operation(kCopy), all.data(), all.size()), DeviceError);
+  EXPECT_THROW(setup.model->end(held, operation(kCopy), all.data(), all.size()), ModelError);
   EXPECT_EQ(setup.region->stats().pinned_pages, 0U);
 }
 

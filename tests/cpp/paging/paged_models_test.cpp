@@ -114,7 +114,7 @@ TEST(PagedModels, FailureOfTheSecondLetsGoOfTheFirst) {
   PagedModels::end(held);
   const auto fetches = two.tier->fetches();
   two.tier->writable = false;
-  EXPECT_THROW(begin(kAdd, joined(one.ranges({0}, true), two.ranges({0}, true))), DeviceError);
+  EXPECT_THROW(begin(kAdd, joined(one.ranges({0}, true), two.ranges({0}, true))), ModelError);
   EXPECT_EQ(one.in_use(), 0U);
   EXPECT_EQ(two.tier->fetches(), fetches);
 }

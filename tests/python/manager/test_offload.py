@@ -180,3 +180,13 @@ def test_a_cap_below_the_largest_tensor_is_refused_at_once(pager: str) -> None:
     assert penstock.manager_of(model) is None
     assert torch.equal(model[0].weight, values)
     assert not torch_dispatch.is_keyed(model[0].weight)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_refused_with_the_way_and_nothing_changes() -> None:
+    scripted = torch.jit.script(build(lambda: mlp(8, 8, 8)))
+    x = torch.ones(2, 8)
+    wanted = scripted(x)
+    with pytest.raises(ModelError, match=r"compiled by torch\.jit.*the module that it was made of"):
+        penstock.offload(scripted, cap="4MiB", device="cpu")
+    assert torch.equal(scripted(x), wanted)

@@ -42,7 +42,7 @@ def system(region: Region) -> int:
     ("cap", "nbytes"), [("1.5MiB", 3 * MIB // 2), ("4KB", 4000), (12345, 12345)]
 )
 def test_cap_may_be_a_text(cap: int | str, nbytes: int) -> None:
-    assert make(cap).cap == nbytes
+    assert Pager(cap=cap, device="cpu").cap == nbytes
 
 
 @pytest.mark.parametrize("cap", ["much", 0, -1, "0GiB"])
@@ -486,3 +486,10 @@ def test_forked_child_gets_errors_and_ends_and_the_parent_goes_on() -> None:
         "child 7",
         f"parent {6 * MIB} {8 * MIB}",
     ]
+
+
+@pytest.mark.parametrize("kind", ["managed", "frames"])
+def test_pages_above_the_cap_are_refused_at_once_with_the_numbers(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"page_size is 2\.00 MiB, and the cap 1\.00 MiB"):
+        penstock.MemoryManager(cap="1MiB", device="cpu", pager=kind, page_size="2MiB")
+    assert penstock.Pager(cap="2MiB", device="cpu", kind=kind, page_size="2MiB").cap == 2 << 20
