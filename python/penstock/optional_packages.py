@@ -31,7 +31,8 @@ def require(what: str, extra: str, *names: str) -> tuple[Any, ...]:
         return tuple(import_module(name) for name in names)
     except ImportError as error:
         raise PenstockError(
-            f"{what} needs the package {error.name}: pip install 'penstock[{extra}]'"
+            f"{what} needs the package {error.name}: pip install {error.name}, or in a checkout of "
+            f"Penstock: pip install '.[{extra}]'"
         ) from None
 
 

@@ -105,7 +105,7 @@ PIPELINES = {"sdxl": 3, "flux": 3, "wan": 2, "ltx": 2}
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_images_are_those_of_the_pipeline_in_ordinary_memory(name, tmp_path):
-    pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
+    pytest.importorskip("diffusers", reason="pip install '.[diffusers]'")
     from penstock.integrations import diffusers as pipelines
     from python.integrations.diffusers_zoo import draw, make, modules
 
@@ -128,5 +128,5 @@ def test_images_are_those_of_the_pipeline_in_ordinary_memory(name, tmp_path):
 @pytest.mark.parametrize("scene", ["cache", "pipelines"])
 def test_under_a_hard_cap(scene):
     if scene == "pipelines":
-        pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
+        pytest.importorskip("diffusers", reason="pip install '.[diffusers]'")
     run_scene("front_end_scenes.py", scene, 300)

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:  # said by the command itself, with its usage
+        options.parser.error(f"unknown arguments: {' '.join(unknown)}")
     console = open_console(stderr=options.json)
     try:
         found = options.run(options, console)
@@ -50,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _size(text: str) -> int:
+    if text.strip().endswith("%"):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is a part of a memory, and which is not known here: write a size ("8GiB")'
+        )
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        added.set_defaults(parser=added)
         return added
 
     added = command("doctor", "Say what this machine offers and which pager would be taken.")
@@ -85,5 +92,5 @@ def _parser() -> argparse.ArgumentParser:
     text = "Time Penstock beside plain PyTorch and others' offloading, and judge what it promises."
     added = commands.add_parser("bench", help=text, description=text)
     bench.add_options(added, _size)
-    added.set_defaults(run=bench.run, json=False)
+    added.set_defaults(run=bench.run, json=False, parser=added)
     return parser

@@ -20,9 +20,10 @@ from penstock.bench.models import llama_config, write_checkpoint
 from penstock.bench.options import CaseOptions
 from penstock.bench.runner import Row, run_cases
 from penstock.bench.table import LEGEND, reason_of, table
+from penstock.cli.settings_options import cap_text
 from penstock.memory.devices import open_device
 from penstock.optional_packages import require_transformers
-from penstock.sizes import format_bytes
+from penstock.sizes import format_bytes, parse_cap
 
 __all__ = ["add_options", "run"]
 
@@ -62,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> 
         type=size,
         help="cap at which next to nothing stays; default on a GPU: 400MiB, managed 2GiB",
     )
-    add("--cap", type=size, help="cap for a part of the weights; default: 4GiB on a GPU")
+    add("--cap", type=cap_text, help='such as "8GiB" or "60%%"; default: 4GiB on a GPU')
     add("--host-budget", type=size, default=2 * GIB, help="RAM of the stream tier; default: 2GiB")
     add("--passes", type=int, default=10, help="passes to time at least; default: 10")
     add("--time-limit", type=float, default=240, help="seconds for an ordinary case; default: 240")
@@ -180,7 +181,9 @@ class _Plan:
 
 
 def _plan(options: argparse.Namespace) -> _Plan:
-    _, device = open_device(options.device)
+    core, device = open_device(options.device)
+    if options.cap is not None:
+        options.cap = parse_cap(options.cap, core.info().total_bytes)
     small = options.quick or device.type == "cpu"
     shape = _SMALL if small else _FULL
     return _Plan(

@@ -139,3 +139,9 @@ def _print(found: dict[str, Any], console: Console) -> None:
     same = "all equal" if found["bit_identical"] else "NOT EQUAL"
     facts.append(("against the unpaged model", f"{found['bits_compared']:,} bits, {same}"))
     print_table(console, ("", ""), facts, head=False)
+    weights, cap = format_bytes(found["weights_bytes"]), format_bytes(found["cap_bytes"])
+    ran = f"{weights} of weights ran under a cap of {cap}"
+    if found["ok"]:
+        console.print(f"{ran}, with the bits of the model without one", highlight=False)
+    else:
+        console.print(f"FAILED: {ran}, and the cap was crossed or bits differ", highlight=False)

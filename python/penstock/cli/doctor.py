@@ -104,7 +104,7 @@ def _choice(found: dict[str, Any]) -> dict[str, Any]:
     if not gpus:
         host = found["devices"][0]
         chosen = None if host["no_managed_reason"] else "managed"
-        why = host["no_managed_reason"] or f"no GPU: {found['no_cuda_reason']}"
+        why = host["no_managed_reason"] or found["no_cuda_reason"]
         return {"device": host["device"], "pager": chosen, "reason": why}
     if not gpus[0]["frames"]:
         return {"device": gpus[0]["device"], "pager": None, "reason": gpus[0]["no_managed_reason"]}
@@ -120,8 +120,6 @@ def _print(found: dict[str, Any], console: Console) -> None:
         f"penstock {found['penstock']}, torch {found['torch']}, Python {found['python']}",
         highlight=False,
     )
-    if not found["built_with_cuda"]:
-        console.print(f"host device only: {found['no_cuda_reason']}", highlight=False)
     headings = ("device", "name", "memory", "free", "frames", "managed", "link from pinned memory")
     rows = []
     for device in found["devices"]:

@@ -9,7 +9,7 @@ from penstock.loading.host_tiers import HOST_TIERS
 from penstock.manager.settings import Options
 from penstock.sizes import parse_cap
 
-__all__ = ["add_settings", "settings_of"]
+__all__ = ["add_settings", "cap_text", "settings_of"]
 
 
 def add_settings(
@@ -25,7 +25,7 @@ def add_settings(
         The default.
     """
     add = parser.add_argument
-    add("--cap", type=_cap, default=cap, help=f'such as "8GiB" or "60%%"; default: {cap}')
+    add("--cap", type=cap_text, default=cap, help=f'such as "8GiB" or "60%%"; default: {cap}')
     add("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     add("--pager", choices=("auto", "frames", "managed"), default="auto")
     add("--host", choices=HOST_TIERS, default="auto", help="where weights wait, with frames")
@@ -49,7 +49,7 @@ def settings_of(options: argparse.Namespace) -> Options:
     }
 
 
-def _cap(text: str) -> str:
+def cap_text(text: str) -> str:
     """Refuse what is no cap on any device."""
     try:
         parse_cap(text, 1 << 40)

