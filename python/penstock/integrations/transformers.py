@@ -9,6 +9,7 @@ that, so no weight is read; then their bytes go from the files straight to their
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ def load(
     model_class: type | str | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
+    pin: Sequence[str] = (),
+    stream: Sequence[str] = (),
     **settings: Unpack[OptionsBesideCap],
 ) -> PreTrainedModel:
     """Load a model from its directory, ready to be called, under a cap of its own.
@@ -56,7 +59,7 @@ def load(
 
     Parameters
     ----------
-    directory, dtype, config, model_class, trust_remote_code, strict
+    directory, dtype, config, model_class, trust_remote_code, strict, pin, stream
         See `register`.
     cap, settings
         `device` and all others of `MemoryManager`.
@@ -85,6 +88,8 @@ def load(
         model_class=model_class,
         trust_remote_code=trust_remote_code,
         strict=strict,
+        pin=pin,
+        stream=stream,
     )
     return keep_acquired(manager, "model")  # type: ignore[return-value]
 
@@ -100,6 +105,8 @@ def register(
     model_class: type | str | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
+    pin: Sequence[str] = (),
+    stream: Sequence[str] = (),
 ) -> None:
     """Register a model of transformers by its directory; nothing is ever downloaded.
 
@@ -124,6 +131,8 @@ def register(
         Whether parameters without a value in the weights are an error; else they have what the
         model's class starts with. Values that the model has no place for are left out in any case,
         and buffers without one keep what the model computed.
+    pin, stream
+        Patterns of names of modules that are to stay, or to stream; see `MemoryManager.register`.
 
     Raises
     ------
@@ -169,7 +178,7 @@ def register(
             tensor=absent[0],
         )
     _empty(model)
-    manager.register(name, model, Weights(weights.origin, sources))
+    manager.register(name, model, Weights(weights.origin, sources), pin=pin, stream=stream)
 
 
 def _require_version(found: str) -> None:

@@ -185,6 +185,17 @@ def test_model_says_what_it_is(pager: str, saved: Callable[[str], Path]) -> None
     assert penstock.manager_of(model).stats().models["model"].moved == ()
 
 
+def test_parts_that_stay_and_parts_that_stream(saved: Callable[[str], Path]) -> None:
+    model = load(saved("llama"), pin=["lm_head"], stream=["model.layers.0"], pager="frames")
+    size = penstock.manager_of(model).stats().models["model"].memory.resident_bytes
+    assert size >= model.lm_head.weight.nbytes
+    with torch.no_grad():
+        plain = resident(saved("llama"), "LlamaForCausalLM")
+        assert same_bits(model(IDS).logits, plain(IDS).logits)
+    with pytest.raises(penstock.ModelError, match=r"'no\.such' matches no module"):
+        load(saved("llama"), pin=["no.such"])
+
+
 @pytest.mark.parametrize("pager", PAGERS)
 @pytest.mark.parametrize("name", ("llama, tied", "mixtral", "t5"))
 def test_saved_model_is_the_one_that_was_loaded(
