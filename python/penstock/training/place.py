@@ -1,0 +1,94 @@
+"""A place on a model's memory, for whichever tensor is a gradient or a state just now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from penstock.dispatch import torch_dispatch
+from penstock.errors import ModelError
+from penstock.loading.layout import Reserved
+from penstock.memory.model_memory import ModelMemory
+from penstock.torch_private import StorageRef
+
+__all__ = ["Place"]
+
+
+class Place:
+    """Room for one tensor at a time, which operations page.
+
+    Each tensor that is put here is a new one over the same bytes. Torch makes new gradients, and
+    old ones keep their values for whoever has them; so those that are still there leave, with their
+    values, before the next one comes.
+    """
+
+    def __init__(self, memory: ModelMemory, reserved: Reserved) -> None:
+        self._memory = memory
+        self._reserved = reserved
+        self._address = memory.region.address + reserved.offset
+        self._last: StorageRef | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self._reserved.nbytes
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies here."""
+        return (
+            tensor.layout == torch.strided
+            and tensor.shape == self._reserved.shape
+            and tensor.data_ptr() == self._address
+        )
+
+    def require_fits(self, tensor: torch.Tensor) -> None:
+        """Refuse a tensor that cannot be put here.
+
+        Raises
+        ------
+        ModelError
+            If it is not dense, or of another shape or dtype.
+        """
+        wanted = self._reserved
+        if tensor.layout != torch.strided:
+            raise ModelError(
+                f"the {wanted.name} is sparse ({tensor.layout}): such tensors cannot be paged. "
+                "Train without sparse gradients (nn.Embedding(sparse=False)), or with "
+                "penstock.offload"
+            )
+        if (tuple(tensor.shape), tensor.dtype) != (wanted.shape, wanted.dtype):
+            raise ModelError(
+                f"the {wanted.name} is {tensor.dtype} of shape {list(tensor.shape)}, and room was "
+                f"made for {wanted.dtype} of shape {list(wanted.shape)}: penstock.restore(model), "
+                "then prepare again"
+            )
+
+    @torch.no_grad()
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that lies here and has the values of another one.
+
+        Raises
+        ------
+        CapExceededError
+            If there is no room to bring its pages in.
+        ModelError
+            As `require_fits` does.
+        """
+        if self.has(tensor):
+            return tensor
+        self.require_fits(tensor)
+        self.empty()
+        strides = tuple(torch.empty_like(tensor, device="meta").stride())  # without gaps
+        placed = self._memory.tensor(replace(self._reserved, strides=strides))
+        self._last = StorageRef(placed)
+        return placed.copy_(tensor)
+
+    def empty(self) -> None:
+        """Have tensors that still lie here go to ordinary memory, on the device."""
+        storage = self._last.storage() if self._last is not None else None
+        if storage is not None:
+            whole = torch.empty(0, dtype=torch.uint8, device=self._memory.region.device)
+            whole.set_(storage, 0, (storage.nbytes(),), (1,))
+            torch_dispatch.take_memory(whole, torch_dispatch.key(whole).clone())
+        self._last = None
