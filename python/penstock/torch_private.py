@@ -197,8 +197,14 @@ class StorageRef:
 
 
 def own_step(optimizer: Optimizer) -> Callable[..., Any] | None:
-    """Return the `step` of an optimizer's class, below the hooks; None where it is not torch's."""
+    """Return the `step` of an optimizer's class, below the hooks; None where it is not torch's.
+
+    Nor where somebody has given the optimizer another one; schedulers do, which only mark calls.
+    """
     step: Any = type(optimizer).step
+    instead = optimizer.__dict__.get("step")
+    if instead is not None and not hasattr(instead, "_wrapped_by_lr_sched"):
+        return None
     if not getattr(step, "hooked", False) or not step.__module__.startswith("torch.optim."):
         return None
     found: Callable[..., Any] = step.__wrapped__
@@ -217,19 +223,11 @@ class InstanceStep:
         It is not kept alive.
     step
         Called with the optimizer and the closure.
-
-    Raises
-    ------
-    ValueError
-        If somebody else has replaced its step.
     """
 
     def __init__(self, optimizer: Optimizer, step: Callable[..., Any]) -> None:
-        before = optimizer.__dict__.get("step")
-        if before is not None and not hasattr(before, "_wrapped_by_lr_sched"):
-            raise ValueError(f"the step of this {type(optimizer).__name__} was replaced before")
         self._optimizer = weakref.ref(optimizer)
-        self._before = before
+        self._before = optimizer.__dict__.get("step")
 
         @functools.wraps(type(optimizer).step)
         def method(self: Optimizer, closure: Any = None) -> Any:  # noqa: ANN401
@@ -237,7 +235,7 @@ class InstanceStep:
 
         self.__func__ = Optimizer.profile_hook_step(method)
         functools.update_wrapper(self, self.__func__)
-        if before is not None:
+        if self._before is not None:
             self._wrapped_by_lr_sched = True
         optimizer.step = self  # type: ignore[method-assign]
 

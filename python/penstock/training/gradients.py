@@ -36,22 +36,13 @@ class PagedGradients:
                 "gradients that have a history (create_graph=True) cannot be paged: use "
                 "torch.autograd.grad for them, or penstock.offload, which pages the weights alone"
             )
-        place = self._places[parameter]
-        if not place.has(gradient):
-            parameter.grad = place.put(gradient)
-
-    def take(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the gradients that lie on the memory, which parameters then do not have."""
-        taken = {}
-        for parameter, place in self._places.items():
-            if parameter.grad is not None and place.has(parameter.grad):
-                taken[parameter] = parameter.grad
-                parameter.grad = None
-        return taken
+        self._places[parameter].move_in(gradient)
 
     def end(self) -> None:
-        """Leave gradients alone from now on; those that somebody has keep their values."""
+        """Have gradients go to ordinary memory, where their parameters are, and be left alone."""
         for hook in self._hooks:
             hook.remove()
-        for place in self._places.values():
+        for parameter, place in self._places.items():
+            if parameter.grad is not None:
+                place.move_out(parameter.grad, parameter.device)
             place.empty()

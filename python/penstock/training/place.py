@@ -18,9 +18,8 @@ __all__ = ["Place"]
 class Place:
     """Room for one tensor at a time, which operations page.
 
-    Each tensor that is put here is a new one over the same bytes. Torch makes new gradients, and
-    old ones keep their values for whoever has them; so those that are still there leave, with their
-    values, before the next one comes.
+    Torch makes new gradients, and old ones keep their values for whoever has them. So tensors that
+    are still here leave, with their values, before the next one comes.
     """
 
     def __init__(self, memory: ModelMemory, reserved: Reserved) -> None:
@@ -64,9 +63,30 @@ class Place:
                 "then prepare again"
             )
 
+    def move_in(self, tensor: torch.Tensor) -> None:
+        """Have a tensor lie here, with its values.
+
+        Raises
+        ------
+        CapExceededError, ModelError
+            As `put` does.
+        """
+        if not self.has(tensor):
+            tensor.data = self.put(tensor)
+
+    def move_out(self, tensor: torch.Tensor, device: torch.device) -> None:
+        """Have a tensor lie in ordinary memory, if it lies here."""
+        if not self.has(tensor):
+            return
+        if device != self._memory.region.device:
+            tensor.data = tensor.detach().to(device)
+            return
+        self.empty()
+        tensor.data = torch_dispatch.plain(tensor)
+
     @torch.no_grad()
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that lies here and has the values of another one.
+        """Return a new tensor that lies here and has the values of another one.
 
         Raises
         ------
@@ -75,8 +95,6 @@ class Place:
         ModelError
             As `require_fits` does.
         """
-        if self.has(tensor):
-            return tensor
         self.require_fits(tensor)
         self.empty()
         strides = tuple(torch.empty_like(tensor, device="meta").stride())  # without gaps

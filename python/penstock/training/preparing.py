@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -119,39 +118,14 @@ def _page(
     run_bytes = memory.most_pages * memory.pager.page_size // _RUNS
     paged_states = PagedStates(optimizer, names, states, gradients, run_bytes)
     paged_gradients = PagedGradients(gradients)
-    on_restore(model, lambda: _leaving(optimizer, paged_gradients, paged_states))
+    on_restore(model, lambda: _leaving(paged_gradients, paged_states))
     paged_states.settle_all()
     paged_states.move_scalars()
 
 
 @contextmanager
-def _leaving(
-    optimizer: Optimizer, gradients: PagedGradients, states: PagedStates
-) -> Iterator[None]:
+def _leaving(gradients: PagedGradients, states: PagedStates) -> Iterator[None]:
     """Have gradients and states follow the weights, which leave inside the block."""
-    held = states.take()
-    values = {
-        parameter: {name: _on_host(value) for name, value in each.items()}
-        for parameter, each in held.items()
-    }
-    taken = gradients.take()
-    try:
-        left = {parameter: _on_host(gradient) for parameter, gradient in taken.items()}
-        yield
-    except BaseException:
-        for parameter, gradient in taken.items():
-            parameter.grad = gradient
-        raise
-    for parameter, gradient in left.items():
-        parameter.grad = gradient.to(parameter.device)
-    for parameter, each in values.items():
-        for name, value in each.items():
-            optimizer.state[parameter][name] = value.to(parameter.device)
-    del held, taken
-    states.move_scalars()
+    yield
     gradients.end()
     states.end()
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)

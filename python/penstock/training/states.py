@@ -38,11 +38,6 @@ class PagedStates:
         Of the gradients.
     run_bytes
         How much of weights, gradients and states a step should need at once.
-
-    Raises
-    ------
-    ModelError
-        If the optimizer's step was replaced before.
     """
 
     def __init__(
@@ -61,10 +56,7 @@ class PagedStates:
         step = own_step(optimizer)
         assert step is not None
         self._theirs = step
-        try:
-            self._step = InstanceStep(optimizer, self._run_step)
-        except ValueError as error:
-            raise ModelError(f"{error}: prepare it before that") from error
+        self._step = InstanceStep(optimizer, self._run_step)
         self._hooks = (
             optimizer.register_load_state_dict_pre_hook(self._load),
             optimizer.register_load_state_dict_post_hook(self._loaded),
@@ -136,7 +128,7 @@ class PagedStates:
             states = self._optimizer.state.get(parameter, {})
             for name, value in states.items():
                 if is_paged_state(value):
-                    states[name] = self._place(parameter, name).put(value)
+                    self._place(parameter, name).move_in(value)
 
     def settle_all(self) -> None:
         """Have all states lie in their places."""
@@ -165,7 +157,10 @@ class PagedStates:
     # ---- state dicts ---------------------------------------------------------------------------
 
     def _load(self, optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
-        """Put saved states in place one by one; on their way through torch they are so already."""
+        """Put saved states in place one by one where torch would copy them to the device.
+
+        Others become the optimizer's own, and are moved when they are.
+        """
         saved = [group["params"] for group in given["param_groups"]]
         mine = [group["params"] for group in optimizer.param_groups]
         if list(map(len, saved)) != list(map(len, mine)):
@@ -179,17 +174,14 @@ class PagedStates:
         for parameter, number in pairs:
             for name, value in found[number].items():
                 if is_paged_state(value):
-                    if parameter.is_floating_point():  # as torch does
-                        value = value.to("meta", dtype=parameter.dtype)
-                    self._place(parameter, name).require_fits(value)
+                    like = torch.empty_like(value, dtype=_dtype(parameter, value), device="meta")
+                    self._place(parameter, name).require_fits(like)
         for parameter, number in pairs:
-            before = optimizer.state.get(parameter, {})
+            optimizer.state.pop(parameter, None)
             for name, value in found[number].items():
-                if is_paged_state(value):
-                    before.pop(name, None)
-                    if parameter.is_floating_point():
-                        value = value.to(parameter.dtype)
-                    found[number][name] = self._place(parameter, name).put(value)
+                dtype = _dtype(parameter, value) if is_paged_state(value) else None
+                if dtype and (value.device, value.dtype) != (parameter.device, dtype):
+                    found[number][name] = self._place(parameter, name).put(value.to(dtype))
         return {**given, "state": {**given["state"], **found}}
 
     def _loaded(self, optimizer: Optimizer) -> None:
@@ -197,27 +189,24 @@ class PagedStates:
 
     # ---- leaving -------------------------------------------------------------------------------
 
-    def take(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
-        """Return the states that lie on the memory."""
-        taken: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-        for parameter, places in self._places.items():
-            states = self._optimizer.state.get(parameter, {})
-            taken[parameter] = {
-                name: states[name]
-                for name, place in places.items()
-                if name in states and place.has(states[name])
-            }
-        return taken
-
     def end(self) -> None:
-        """Leave the optimizer alone from now on; states that somebody has keep their values."""
+        """Have states go to ordinary memory, where their parameters are, and be left alone."""
         self._ended = True
         self._step.remove()
         for hook in self._hooks:
             hook.remove()
-        for places in self._places.values():
-            for place in places.values():
+        for parameter, places in self._places.items():
+            states = self._optimizer.state.get(parameter, {})
+            for name, place in places.items():
+                if isinstance(value := states.get(name), torch.Tensor):
+                    place.move_out(value, parameter.device)
                 place.empty()
+        self.move_scalars()
+
+
+def _dtype(parameter: nn.Parameter, value: torch.Tensor) -> torch.dtype:
+    """Return what torch converts a state to when it is loaded."""
+    return parameter.dtype if parameter.is_floating_point() else value.dtype
 
 
 class _Runs:

@@ -467,12 +467,10 @@ def test_optimizers_and_models_are_copied_as_ordinary_ones() -> None:
     for each in pair.both:
         train(*each)
         loss_of(each[0], 9).backward()
-    for model, optimizer in (
-        copy.deepcopy((pair.model, pair.optimizer)),
-        torch.load(saved((pair.model, pair.optimizer)), weights_only=False),
-    ):
+    for copied in (copy.deepcopy, lambda both: torch.load(saved(both), weights_only=False)):
+        theirs, (model, optimizer) = (copied(each) for each in pair.both)
         assert penstock.manager_of(model) is None
-        assert same_bits(values(model, optimizer), values(*pair.both[0]))
+        assert same_bits(values(model, optimizer), values(*theirs))
         for tensor in paged_tensors(model, optimizer):
             assert not torch_dispatch.is_keyed(tensor)
     pair.check()
@@ -520,7 +518,7 @@ def test_what_state_dicts_share_with_optimizers_is_as_in_plain_torch() -> None:
         after = copy.deepcopy(before)
         each[1].load_state_dict(other)  # the optimizer has others now
         train(*each, range(2, 3))
-        shared.append(copy.deepcopy([before, after, other["param_groups"]]))
+        shared.append(copy.deepcopy([before, after, other]))
         each[1].load_state_dict(each[1].state_dict())
         train(*each, range(3, 4))
     assert same_bits(shared[0], shared[1])
@@ -565,19 +563,18 @@ def test_restore_gives_back_both_with_all_they_have(pager: str) -> None:
     for each in pair.both:
         train(*each)
         loss_of(each[0], 9).backward()
-    held = [parameter.grad for parameter in pair.model.parameters()]
-    kept = pair.optimizer.state_dict()
+    held = [[parameter.grad for parameter in model.parameters()] for model, _ in pair.both]
+    kept = [optimizer.state_dict()["state"] for _, optimizer in pair.both]  # shared with it
     assert penstock.restore(pair.model) is pair.model
     assert penstock.manager_of(pair.model) is None
     assert "step" not in vars(pair.optimizer)
     for tensor in paged_tensors(pair.model, pair.optimizer):
         assert not torch_dispatch.is_keyed(tensor)
     assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
-    wanted = values(*pair.both[0])
     assert same_bits(*(train(*each) for each in pair.both))
     assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
-    assert same_bits([each.clone() for each in held if each is not None], wanted["gradients"])
-    assert same_bits(copy.deepcopy(kept)["state"], wanted["optimizer"]["state"])
+    assert same_bits(*copy.deepcopy(held))
+    assert same_bits(*copy.deepcopy(kept))
     penstock.training.prepare(
         pair.model, pair.optimizer, cap="700KiB", device="cpu", pager=pager, page_size="64KiB"
     )
@@ -640,7 +637,7 @@ def test_what_cannot_be_paged_is_refused_before_anything_changes() -> None:
         optimizer = make(model)
         before = values(model, optimizer) if isinstance(optimizer, Optimizer) else None
         with pytest.raises(kind, match=match):
-            penstock.training.prepare(model, optimizer, cap="1MiB", device="cpu")
+            penstock.training.prepare(model, optimizer, cap="1MiB", device="cpu", page_size="64KiB")
         assert penstock.manager_of(model) is None
         if before is not None:
             assert same_bits(values(model, optimizer), before)
@@ -661,7 +658,7 @@ def test_what_cannot_be_paged_is_refused_before_anything_changes() -> None:
     refused(of(O.Adam, differentiable=True), "differentiable=True in parameter group 0")
     refused(lambda _: adamw(network().parameters()), "parameter 0 of group 0 of the AdamW.*128")
     refused(lambda _: "adam", "torch.optim.Optimizer, not str", TypeError)
-    refused(replaced, "step of this SGD was replaced")
+    refused(replaced, "SGD is not an optimizer of torch.optim, or has a step of its own")
     refused(with_gradients, "has a gradient: call model.zero_grad")
     pair = prepared(adamw_of)
     with pytest.raises(ModelError, match="offloaded already"):
