@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -24,19 +24,9 @@ class PagedGradients:
     def __init__(self, places: Mapping[nn.Parameter, Place]) -> None:
         self._places = places
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
-            for parameter in places
+            parameter.register_post_accumulate_grad_hook(_mover_to(place))  # type: ignore[no-untyped-call]
+            for parameter, place in places.items()
         ]
-
-    def _arrived(self, parameter: torch.Tensor) -> None:
-        gradient = parameter.grad
-        assert gradient is not None and isinstance(parameter, nn.Parameter)
-        if gradient.requires_grad:
-            raise ModelError(
-                "gradients that have a history (create_graph=True) cannot be paged: use "
-                "torch.autograd.grad for them, or penstock.offload, which pages the weights alone"
-            )
-        self._places[parameter].move_in(gradient)
 
     def end(self) -> None:
         """Have gradients go to ordinary memory, where their parameters are, and be left alone."""
@@ -46,3 +36,19 @@ class PagedGradients:
             if parameter.grad is not None:
                 place.move_out(parameter.grad, parameter.device)
             place.empty()
+
+
+def _mover_to(place: Place) -> Callable[[torch.Tensor], None]:
+    """Make the hook of one parameter, which must not lead back to it: torch would keep both."""
+
+    def move(parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.requires_grad:
+            raise ModelError(
+                "gradients that have a history (create_graph=True) cannot be paged: use "
+                "torch.autograd.grad for them, or penstock.offload, which pages the weights alone"
+            )
+        place.move_in(gradient)
+
+    return move
