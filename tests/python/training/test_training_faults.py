@@ -55,6 +55,7 @@ class Rig:
         self.model.load_state_dict(self.plain.state_dict())
         assert same_bits(self.step(self.model, self.ours), self.step(self.plain, self.theirs))
         assert same_bits(dict(self.model.state_dict()), dict(self.plain.state_dict()))
+        manager.pager.synchronize()
         stats = manager.stats()
         held = sum(model.memory.resident_bytes for model in stats.models.values())
         assert held == stats.used <= stats.peak <= stats.cap
