@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -474,6 +475,20 @@ def test_optimizers_and_models_are_copied_as_ordinary_ones() -> None:
         for tensor in paged_tensors(model, optimizer):
             assert not torch_dispatch.is_keyed(tensor)
     pair.check()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW, foreach", "AdamW, fused"])
+def test_steps_bring_in_what_they_need_once(name: str) -> None:
+    """Weights come for the forward pass, for backward and for the step; gradients and states."""
+    pair = prepared(OPTIMIZERS[name])
+    total = 4 * sum(each.nbytes for each in pair.model.parameters())
+    moved = [0]
+    for number in range(12):
+        train(*pair.both[1], range(number, number + 1))
+        moved.append(pair.stats.loaded_bytes)
+    passes = [after - before for before, after in pairwise(moved)]
+    assert max(passes) < 4 * total  # the first ones bring in some of it too soon
+    assert passes[-1] < 5 / 4 * total  # a third stays
 
 
 # ---- saving and loading ----------------------------------------------------------------------
