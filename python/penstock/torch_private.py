@@ -39,6 +39,7 @@ __all__ = [
     "inductor_guards",
     "inductor_settings",
     "library",
+    "is_alone",
     "own_step",
     "parse_to",
     "reduce_tensor",
@@ -69,6 +70,7 @@ TRIED = {
     "inductor_guards": "2.13",
     "inductor_settings": "2.13",
     "library": "2.13",
+    "is_alone": "2.13",
     "own_step": "2.13",
     "parse_to": "2.11 to 2.13",
     "reduce_tensor": "2.11 to 2.13",
@@ -153,6 +155,12 @@ def change_count(tensor: torch.Tensor) -> int:
 def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are views of one storage, which need not have memory."""
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def is_alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor is over the storage of this one."""
+    storage = tensor.untyped_storage()  # which is a reference, too
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
 
 
 def holds_values_elsewhere(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from penstock.errors import ModelError
+from penstock.torch_private import change_count, is_alone
 from penstock.training.place import Place
 
 __all__ = ["PagedGradients"]
@@ -49,6 +50,8 @@ def _mover_to(place: Place) -> Callable[[torch.Tensor], None]:
                 "gradients that have a history (create_graph=True) cannot be paged: use "
                 "torch.autograd.grad for them, or penstock.offload, which pages the weights alone"
             )
-        place.move_in(gradient)
+        # What was there before, over memory that others have too, is the user's: it stays theirs.
+        if change_count(gradient) == 0 or is_alone(gradient):
+            place.move_in(gradient)
 
     return move

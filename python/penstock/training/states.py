@@ -74,7 +74,7 @@ class PagedStates:
                 loss = closure()
         groups = optimizer.param_groups
         self._require_known(groups)
-        optimizer.param_groups = _Runs(groups, self._runs_of, self.settle)  # type: ignore[assignment]
+        optimizer.param_groups = _Runs(groups, self._runs_of, self.settle)
         try:
             self._theirs(optimizer)
         finally:
@@ -209,8 +209,8 @@ def _dtype(parameter: nn.Parameter, value: torch.Tensor) -> torch.dtype:
     return parameter.dtype if parameter.is_floating_point() else value.dtype
 
 
-class _Runs:
-    """Parameter groups, as a step of torch's sees them: each in several of the same options."""
+class _Runs(list[Group]):
+    """Parameter groups, as a step of torch's goes through them: each in several of its options."""
 
     def __init__(
         self,
@@ -218,12 +218,12 @@ class _Runs:
         runs_of: Callable[[Sequence[nn.Parameter]], Iterator[list[nn.Parameter]]],
         done: Callable[[Sequence[nn.Parameter]], None],
     ) -> None:
-        self._groups = groups
+        super().__init__(groups)
         self._runs_of = runs_of
         self._done = done
 
     def __iter__(self) -> Iterator[Group]:
-        for group in self._groups:
+        for group in super().__iter__():
             for run in self._runs_of(group["params"]):
                 yield group | {"params": run}
                 self._done(run)
