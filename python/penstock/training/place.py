@@ -35,11 +35,8 @@ class Place:
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies here."""
-        return (
-            tensor.layout == torch.strided
-            and tensor.shape == self._reserved.shape
-            and tensor.data_ptr() == self._address
-        )
+        lies = torch_dispatch.storage_range(tensor) == (self._address, self.nbytes)
+        return lies and tensor.shape == self._reserved.shape
 
     def require_fits(self, tensor: torch.Tensor) -> None:
         """Refuse a tensor that cannot be put here.
