@@ -475,6 +475,11 @@ def test_schedulers_of_before_and_after_find_that_steps_are_taken() -> None:
         pair.check()
         penstock.restore(pair.model)
         assert same_bits(*(train(*each) for each in pair.both))
+        penstock.training.prepare(
+            pair.model, pair.optimizer, cap="1MiB", device="cpu", page_size="64KiB"
+        )
+        assert same_bits(*(train(*each) for each in pair.both))
+        pair.check()
 
 
 def test_optimizers_and_models_are_copied_as_ordinary_ones() -> None:
@@ -552,6 +557,27 @@ def test_what_state_dicts_share_with_optimizers_is_as_in_plain_torch() -> None:
         train(*each, range(3, 4))
     assert same_bits(shared[0], shared[1])
     pair.check()
+
+
+def test_states_of_another_dtype_are_converted_on_their_way_in() -> None:
+    """As those are put in place at once that torch would copy to the device."""
+    pair = prepared(adamw_of)
+    for each in pair.both:
+        train(*each)
+    given = copy.deepcopy(pair.plain_optimizer.state_dict())
+    for states in given["state"].values():
+        states["exp_avg"] = states["exp_avg"].double() / 3
+        states["exp_avg_sq"] = states["exp_avg_sq"].t() / 3
+    kept = copy.deepcopy(given)
+    held = pair.optimizer.state_dict()["state"]
+    before = copy.deepcopy(held)
+    for _, optimizer in pair.both:
+        optimizer.load_state_dict(copy.deepcopy(given))
+    assert same_bits(given, kept)
+    pair.check()
+    assert same_bits(*(train(*each) for each in pair.both))
+    pair.check()
+    assert same_bits(copy.deepcopy(held), before)
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing() -> None:
