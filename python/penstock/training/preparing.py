@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from penstock.errors import ModelError
+from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import MODEL, manager_of, on_restore, restore, take_over
 from penstock.manager.settings import Options
@@ -80,6 +81,7 @@ def prepare(
         raise TypeError(f"an optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already: penstock.restore(model) first")
+    find_slots(model)  # refuses what has no shape yet
     names = {parameter: name for name, parameter in model.named_parameters()}
     require_supported(optimizer, names)
     wanted = [*gradients_of(names), *states_of(optimizer, names)]

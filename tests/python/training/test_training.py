@@ -718,6 +718,9 @@ def test_what_cannot_be_paged_is_refused_before_anything_changes() -> None:
     pair = prepared(adamw_of)
     with pytest.raises(ModelError, match="offloaded already"):
         penstock.training.prepare(pair.model, pair.optimizer, cap="1MiB", device="cpu")
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ModelError, match=r"(?i)lazy"):
+        penstock.training.prepare(lazy, of(O.SGD)(lazy), cap="1MiB", device="cpu")
     capturable = of(O.Adam)(network())
     capturable.param_groups[0]["capturable"] = True
     refused(lambda _: capturable, "capturable=True")
