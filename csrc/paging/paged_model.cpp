@@ -34,8 +34,10 @@ PagedModel::PagedModel(std::string name, std::shared_ptr<Streamer> streamer,
       tensors_(std::move(tensors)) {
   std::vector<std::vector<PageIndex>> order;
   for (const TensorPlace& tensor : tensors_) {
-    guess_of_tensor_.push_back(static_cast<StepId>(order.size()));
-    const std::size_t slice = std::max<std::size_t>(tensor.slice_nbytes, 1);
+    const bool guessed = tensor.slice_nbytes > 0;
+    guess_of_tensor_.push_back(guessed ? static_cast<StepId>(order.size()) : kUnforeseen);
+    if (!guessed) continue;
+    const std::size_t slice = tensor.slice_nbytes;
     for (std::size_t at = 0; at < tensor.nbytes; at += slice) {
       const std::size_t nbytes = std::min(slice, tensor.nbytes - at);
       const StepId step = add_step(nullptr, "weights", {{tensor.offset + at, nbytes}});
@@ -270,7 +272,8 @@ StepId PagedModel::guess_for(const PagingRange* ranges, std::size_t count) const
       [](const PagingRange& a, const PagingRange& b) { return a.nbytes < b.nbytes; });
   const std::size_t offset = offset_of(*largest);
   const std::size_t tensor = tensor_at(offset);
-  const std::size_t slice = std::max<std::size_t>(tensors_[tensor].slice_nbytes, 1);
+  const std::size_t slice = tensors_[tensor].slice_nbytes;
+  if (slice == 0) return kUnforeseen;
   return guess_of_tensor_[tensor] + static_cast<StepId>((offset - tensors_[tensor].offset) / slice);
 }
 

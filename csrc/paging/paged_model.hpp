@@ -45,7 +45,8 @@ namespace penstock {
 struct TensorPlace {
   std::size_t offset;
   std::size_t nbytes;
-  std::size_t slice_nbytes;  ///< The least that is read at once: all of it, or one of a stack.
+  std::size_t slice_nbytes;  ///< The least that is read at once: all of it, or one of a stack. 0
+                             ///< where nothing is guessed of it.
   std::string name;
 };
 

@@ -1,12 +1,14 @@
 """Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed.
 
 This module has the public names. The folders beside it are rooms; each opens with prose. From the
-top: `cli`, `bench`, `integrations` use what is public; `manager` has models by name; `sharing`
-divides a cap among them; `run` runs one; `loading` gets weights to it; `schedule` plans; `cap` caps
-the process; `memory` has the pages; `checkpoint` reads files, `dispatch` sees operations, `report`
-has figures. May import everything but the first three. Importing is thread-safe, as ever.
+top: `cli`, `bench`, `integrations` use what is public; `training` has gradients and optimizers
+under the cap too; `manager` has models by name; `sharing` divides a cap among them; `run` runs one;
+`loading` gets weights to it; `schedule` plans; `cap` caps the process; `memory` has the pages;
+`checkpoint` reads files, `dispatch` sees operations, `report` has figures. May import everything
+but the first three. Importing is thread-safe, as ever.
 """
 
+from penstock import training
 from penstock._core import __version__
 from penstock.cap.cap_stats import CapStats, Holder, memory_stats, memory_summary, record_stacks
 from penstock.cap.capped import CappedScope, capped
@@ -67,4 +69,5 @@ __all__ = [
     "record_stacks",
     "restore",
     "set_cap",
+    "training",
 ]

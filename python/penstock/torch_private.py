@@ -6,12 +6,15 @@ those of the tests on a CPU, and on a GPU.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.backends import ContextProp
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import StorageWeakRef, reduce_tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,6 +23,8 @@ __all__ = [
     "MODULE_CALL",
     "TRIED",
     "ContextProp",
+    "InstanceStep",
+    "StorageRef",
     "TorchDispatchMode",
     "backward_step",
     "before_sharing",
@@ -33,7 +38,9 @@ __all__ = [
     "inductor_compiler",
     "inductor_guards",
     "inductor_settings",
+    "is_alone",
     "library",
+    "own_step",
     "parse_to",
     "reduce_tensor",
     "replace_function",
@@ -47,6 +54,8 @@ TRIED = {
     "ContextProp": "2.11",
     "INDUCTOR": "2.13",
     "MODULE_CALL": "2.13",
+    "InstanceStep": "2.13",
+    "StorageRef": "2.13",
     "TorchDispatchMode": "2.11 to 2.13",
     "backward_step": "2.13",
     "before_sharing": "2.11 to 2.13",
@@ -61,6 +70,8 @@ TRIED = {
     "inductor_guards": "2.13",
     "inductor_settings": "2.13",
     "library": "2.13",
+    "is_alone": "2.13",
+    "own_step": "2.13",
     "parse_to": "2.11 to 2.13",
     "reduce_tensor": "2.11 to 2.13",
     "replace_function": "2.11 to 2.13",
@@ -146,6 +157,12 @@ def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
+def is_alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor is over the storage of this one."""
+    storage = tensor.untyped_storage()  # which is a reference, too
+    return bool(torch._C._storage_Use_Count(storage._cdata) <= 2)
+
+
 def holds_values_elsewhere(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a class that holds its values in tensors of its own."""
     return type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
@@ -172,3 +189,75 @@ def function_of(name: str) -> Callable[..., Any] | None:
 def replace_function(name: str, ours: Callable[..., Any]) -> None:
     """Have torch's own Python call a function of ours, for the life of the process."""
     setattr(torch._C, name, ours)
+
+
+class StorageRef:
+    """Tells whether any tensors over a storage are left, and keeps none of them alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._ref = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """Return the storage; None where nobody has a tensor over it."""
+        found: torch.UntypedStorage | None
+        found = torch.UntypedStorage._new_with_weak_ptr(self._ref.cdata)
+        return found
+
+
+def own_step(optimizer: Optimizer) -> Callable[..., Any] | None:
+    """Return the `step` of an optimizer's class, below the hooks; None where it is not torch's.
+
+    Nor where somebody has given the optimizer another one; schedulers do, which only mark calls.
+    """
+    step: Any = type(optimizer).step
+    instead = optimizer.__dict__.get("step")
+    if instead is not None and not hasattr(instead, "_wrapped_by_lr_sched"):
+        return None
+    if not getattr(step, "hooked", False) or not step.__module__.startswith("torch.optim."):
+        return None
+    found: Callable[..., Any] = step.__wrapped__
+    return found
+
+
+class InstanceStep:
+    """A `step` for one optimizer in place of that of its class, inside the optimizer's hooks.
+
+    Schedulers replace the step of an instance too, to mark that it was called. One that is made
+    later wraps this (by `__func__`); of one that was made before, this has the marks.
+
+    Parameters
+    ----------
+    optimizer
+        It is not kept alive.
+    step
+        Called with the optimizer and the closure.
+    """
+
+    def __init__(self, optimizer: Optimizer, step: Callable[..., Any]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._before = optimizer.__dict__.get("step")
+
+        @functools.wraps(type(optimizer).step)
+        def method(self: Optimizer, closure: Any = None) -> Any:  # noqa: ANN401
+            return step(self, closure)
+
+        self.__func__ = Optimizer.profile_hook_step(method)
+        functools.update_wrapper(self, self.__func__)
+        if self._before is not None:
+            self._wrapped_by_lr_sched = True
+        optimizer.step = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Step, as the method would."""
+        optimizer: Any = self._optimizer()
+        optimizer._opt_called = True
+        return self.__func__(optimizer, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Take it off, unless somebody has wrapped it meanwhile."""
+        optimizer: Any = self._optimizer()
+        if optimizer is None or optimizer.__dict__.get("step") is not self:
+            return
+        del optimizer.step
+        if self._before is not None:
+            optimizer.step = self._before

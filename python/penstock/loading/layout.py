@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from penstock.loading.slots import Slot
 from penstock.loading.weights import Source
 
-__all__ = ["ALIGNMENT", "Placement", "lay_out"]
+__all__ = ["ALIGNMENT", "Placement", "Reserved", "lay_out", "lay_out_beside"]
 
 ALIGNMENT = 512
 """Bytes. What torch's CUDA allocator gives, and more than any CPU kernel asks for: libraries choose
@@ -81,6 +82,43 @@ class Placement:
         return not self.converts and self.stride is None
 
 
+@dataclass(frozen=True)
+class Reserved:
+    """Room on a model's region for a tensor that the module does not have, and that comes later.
+
+    Parameters
+    ----------
+    kind, of
+        What it is for ("gradient"), and the name of the module's tensor that it belongs to.
+    strides
+        In elements.
+    offset
+        First byte in the region.
+    """
+
+    kind: str
+    of: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.kind} of {self.of}"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def least_nbytes(self) -> int:
+        """Zero: when it is used is not guessed."""
+        return 0
+
+
 def lay_out(
     slots: list[Slot], pairs: dict[int, Source], dtype: torch.dtype | None, *, page_size: int
 ) -> tuple[list[Placement], int]:
@@ -115,11 +153,35 @@ def lay_out(
     for at, placement in enumerate(placements):
         placements[at] = replace(placement, offset=end)
         end += _room(placement)
-    return placements, -(-end // _SYSTEM_PAGE) * _SYSTEM_PAGE
+    return placements, _whole_pages(end)
 
 
-def _room(placement: Placement) -> int:
-    return -(-placement.nbytes // ALIGNMENT) * ALIGNMENT
+def lay_out_beside(beside: Sequence[Reserved], end: int) -> tuple[list[Reserved], int]:
+    """Place what is reserved behind all else, in its order.
+
+    Parameters
+    ----------
+    end
+        Bytes of the region so far.
+
+    Returns
+    -------
+    tuple
+        The same with offsets, and the bytes of the region.
+    """
+    placed = []
+    for reserved in beside:
+        placed.append(replace(reserved, offset=end))
+        end += _room(reserved)
+    return placed, _whole_pages(end)
+
+
+def _room(placed: Placement | Reserved) -> int:
+    return -(-placed.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _SYSTEM_PAGE) * _SYSTEM_PAGE
 
 
 def _stride(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from penstock import _core
 from penstock.arguments import checked
 from penstock.errors import CapExceededError, ModelError
+from penstock.loading.layout import Reserved
 from penstock.loading.module_patterns import select_modules
 from penstock.manager.registered_model import RegisteredModel
 from penstock.manager.registration import Registration
@@ -300,6 +302,7 @@ class MemoryManager(Registration):
             figures = model.runner.memory.stats(model.runner.step_name)
         return ModelStats(
             nbytes=sum(placement.nbytes for placement in model.binding.placements),
+            beside=_bytes_by_kind(model.beside),
             acquired=model.acquired,
             steps=model.runner.step_count if model.runner else 0,
             moved=tuple(model.binding.moved()),
@@ -308,3 +311,10 @@ class MemoryManager(Registration):
             reserved=model.tenant.reserved if model.tenant else None,
             pushed_out_bytes=model.tenant.pushed_out if model.tenant else 0,
         )
+
+
+def _bytes_by_kind(beside: Sequence[Reserved]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for reserved in beside:
+        found[reserved.kind] = found.get(reserved.kind, 0) + reserved.nbytes
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,15 +12,19 @@ from typing_extensions import Unpack
 
 from penstock.arguments import checked
 from penstock.errors import ModelError
+from penstock.loading.layout import Reserved
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
 from penstock.manager.settings import Options
 
-__all__ = ["keep_acquired", "manager_of", "offload", "restore"]
+__all__ = ["MODEL", "keep_acquired", "manager_of", "offload", "on_restore", "restore", "take_over"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_NAME = "model"
+MODEL = "model"
+"""What the manager of an offloaded module calls it."""
+
+_Leaving = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -28,6 +33,7 @@ class _Offloaded:
 
     manager: MemoryManager
     adopted: bool
+    leaving: _Leaving = nullcontext  # around giving the weights back
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -85,6 +91,25 @@ def offload(
     restore : Takes it back.
     manager_of : Tells what it does.
     """
+    take_over(model, pin=pin, stream=stream, **settings)
+    return model
+
+
+def take_over(
+    model: nn.Module,
+    *,
+    pin: Sequence[str] = (),
+    stream: Sequence[str] = (),
+    beside: Sequence[Reserved] = (),
+    **settings: Unpack[Options],
+) -> MemoryManager:
+    """Do what `offload` does, with room for other tensors beside the weights; return the manager.
+
+    Raises
+    ------
+    CapExceededError, ModelError
+        As `offload` does.
+    """
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already; penstock.restore(model) takes that back")
     manager = MemoryManager(**settings)
@@ -93,13 +118,20 @@ def offload(
             f"{type(model).__name__} has no weights, so there is nothing to offload: give it the "
             "module that holds them"
         )
-    manager.adopt(_NAME, model, pin=pin, stream=stream)
+    manager.adopt(MODEL, model, pin=pin, stream=stream, beside=beside)
     try:
-        keep_acquired(manager, _NAME, adopted=True)
+        keep_acquired(manager, MODEL, adopted=True)
     except BaseException:
-        manager.give_back(_NAME)
+        manager.give_back(MODEL)
         raise
-    return model
+    return manager
+
+
+def on_restore(model: nn.Module, leaving: _Leaving) -> None:
+    """Have `restore` enter a context around giving back the weights of an offloaded model."""
+    offloaded = _offloaded(model)
+    assert offloaded is not None
+    offloaded.leaving = leaving
 
 
 def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -> nn.Module:
@@ -125,6 +157,9 @@ def keep_acquired(manager: MemoryManager, name: str, *, adopted: bool = False) -
 def restore(model: M) -> M:
     """Take `offload` back: the weights return to ordinary memory, where they were before.
 
+    Of a model that `penstock.training.prepare` took, so do its gradients and the states of its
+    optimizer: both go on as they were without Penstock.
+
     Raises
     ------
     ModelError
@@ -138,8 +173,9 @@ def restore(model: M) -> M:
             "the model was read from its checkpoint to where it streams from, and never was in "
             "ordinary memory: to have it there, load the checkpoint without Penstock"
         )
-    offloaded.manager.release(_NAME)
-    offloaded.manager.give_back(_NAME)
+    with offloaded.leaving():
+        offloaded.manager.release(MODEL)
+        offloaded.manager.give_back(MODEL)
     object.__delattr__(model, "_penstock_offloaded")
     return model
 

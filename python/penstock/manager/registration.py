@@ -13,7 +13,7 @@ from torch import nn
 from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.binding import Binding, View
-from penstock.loading.layout import Placement, lay_out
+from penstock.loading.layout import Placement, Reserved, lay_out, lay_out_beside
 from penstock.loading.module_patterns import find_page_rules
 from penstock.loading.moving import move_in, move_out, survey
 from penstock.loading.open_memory import empty_memory, filled_memory
@@ -160,12 +160,13 @@ class Registration(ModelsInUse):
         *,
         before: Callable[[Placement], None] | None = None,
         views: Sequence[View] = (),
+        beside: Sequence[Reserved] = (),
     ) -> RegisteredModel:
         """Put a module's tensors onto memory, which is closed where that fails."""
         try:
             with torch.inference_mode(False):  # its tensors keep no count of their changes
                 if memory is not None:
-                    memory.place(name, placements)
+                    memory.place(name, [*placements, *beside])
                 binding = Binding(
                     module, placements, memory, self.device, before=before, views=views
                 )
@@ -173,7 +174,7 @@ class Registration(ModelsInUse):
                     return RegisteredModel(binding, None)
                 memory.finish_filling()
                 runner = Runner(name, binding, memory, trace=self._settings.trace)
-                return RegisteredModel(binding, Tenant(name, runner))
+                return RegisteredModel(binding, Tenant(name, runner), beside=beside)
         except BaseException:
             if memory is not None:
                 memory.close()
@@ -186,6 +187,7 @@ class Registration(ModelsInUse):
         *,
         pin: Sequence[str] = (),
         stream: Sequence[str] = (),
+        beside: Sequence[Reserved] = (),
     ) -> None:
         """Take over a module that is loaded: its weights move onto pager memory, one by one.
 
@@ -199,6 +201,8 @@ class Registration(ModelsInUse):
             With its weights in ordinary memory, on any device.
         pin, stream
             Patterns of names of modules that are to stay, or to stream; see `register`.
+        beside
+            What else is to have room on the model's memory, behind its weights; see `room_beside`.
 
         Raises
         ------
@@ -219,6 +223,7 @@ class Registration(ModelsInUse):
                     'has not: use host="pinned", or register the module with its checkpoint'
                 )
             placements, nbytes, origin, views = survey(module, self.pager.page_size)
+            reserved, nbytes = lay_out_beside(beside, nbytes)
             rules = self._find_page_rules(name, module, placements, pin, stream)
             memory = self._empty_memory(nbytes)
             if memory is not None:
@@ -226,12 +231,28 @@ class Registration(ModelsInUse):
             with torch.inference_mode(False), torch.no_grad():
                 try:
                     move = partial(move_in, memory.write if memory is not None else None)
-                    model = self._bind(name, module, placements, memory, before=move, views=views)
+                    model = self._bind(
+                        name, module, placements, memory, before=move, views=views, beside=reserved
+                    )
                 except BaseException:
                     move_out(module, memory, origin)
                     raise
             model.origin = origin
             self._add(name, model)
+
+    def room_beside(self, name: str) -> tuple[ModelMemory, Sequence[Reserved]]:
+        """Return the memory of a model with weights, and what is reserved on it beside these.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, or it has no weights.
+        """
+        with self._lock:
+            model = self._find(name)
+            if model.runner is None:
+                raise ModelError(f"model {name!r} has no weights, so it has no memory")
+            return model.runner.memory, model.beside
 
     def _empty_memory(self, nbytes: int) -> ModelMemory | None:
         if nbytes == 0:

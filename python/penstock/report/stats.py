@@ -109,6 +109,9 @@ class ModelStats:
         With which priority it is reserved, if it is.
     pushed_out_bytes
         What it had to give up although it is reserved, as a secondary.
+    beside
+        What else has room on the region, by what it is: of a model in training, the gradients and
+        each state of the optimizer.
     """
 
     nbytes: int
@@ -119,6 +122,7 @@ class ModelStats:
     kept: bool = False
     reserved: Priority | None = None
     pushed_out_bytes: int = 0
+    beside: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ def _model_lines(name: str, model: ModelStats, link_rate: float) -> list[str]:
         f"    {memory.passes} passes, {format_bytes(memory.loaded_bytes)} loaded, "
         f"{memory.misses} misses, {memory.unscheduled} unscheduled reads",
     ]
+    lines[1:1] = [f"    {kind}: {format_bytes(nbytes)}" for kind, nbytes in model.beside.items()]
     if model.kept or model.reserved or model.pushed_out_bytes:
         stays = ["kept resident"] if model.kept else []
         stays += [f"reserved as {model.reserved.value}"] if model.reserved else []

@@ -174,6 +174,18 @@ TEST(PagedModel, OperationStandsAtTheGuessOfItsLargestRange) {
   EXPECT_EQ(setup.streamer->stats().unscheduled, 0U);
 }
 
+TEST(PagedModel, WhatIsNotGuessedIsDemandedAndMovesTheGuessNowhere) {
+  PagedSetup setup(4, 12,
+                   {{0, 4 * kPage, kPage, "weights"}, {4 * kPage, 8 * kPage, 0, "gradients"}});
+  EXPECT_EQ(setup.model->expected().size(), 4U);
+  setup.region->arrange(arranged(12, 1, 3));
+  setup.model->begin_call();
+  setup.run(operation(kMm), Pages{9});
+  EXPECT_EQ(setup.tier->fetches(), (Pages{9, 0, 1, 2, 3}));  // the weights from the first on
+  setup.run(operation(kMm), Pages{0});
+  EXPECT_EQ(setup.streamer->stats().unscheduled, 1U);
+}
+
 // ---- passes ------------------------------------------------------------------------------------
 
 TEST(PagedModel, CallsOfTheModelAreItsPasses) {

@@ -50,3 +50,16 @@ def test_what_they_say_is_true() -> None:
     assert (seen, torch_private.in_backward()) == ([True], False)
     assert torch_private.function_of("_get_cudnn_benchmark") is not None
     assert torch_private.function_of("_no_such_function") is None
+
+
+def test_storages_tell_who_has_them() -> None:
+    tensor = torch.ones(4)
+    assert torch_private.is_alone(tensor)
+    reference, view = torch_private.StorageRef(tensor), tensor[1:]
+    assert not torch_private.is_alone(tensor)
+    del view
+    assert torch_private.is_alone(tensor)
+    found = reference.storage()
+    assert found is not None and found.data_ptr() == tensor.data_ptr()
+    del found, tensor
+    assert reference.storage() is None

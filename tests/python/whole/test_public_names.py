@@ -43,6 +43,7 @@ TOP = {
     "record_stacks",
     "restore",
     "set_cap",
+    "training",
 }
 ELSEWHERE = {
     "penstock.checkpoint": {"Checkpoint", "Header", "TensorEntry", "open_checkpoint"},
@@ -50,6 +51,7 @@ ELSEWHERE = {
     "penstock.errors": {name for name in TOP if name.endswith("Error")},
     "penstock.integrations.diffusers": {"load", "register"},
     "penstock.integrations.transformers": {"load", "register"},
+    "penstock.training": {"prepare"},
 }
 METHODS = {
     "MemoryManager": (
