@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
@@ -28,6 +29,7 @@ O = TypeVar("O", bound=Optimizer)  # noqa: E741
 _RUNS = 8  # of a step are under the cap at once: what it needs, what comes and what leaves
 
 
+@checked
 def prepare(
     model: M,
     optimizer: O,

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -208,6 +209,12 @@ SETTINGS = {
 CUDA = {"set_cap", "capped", "memory_stats", "memory_summary", "on_pressure"}
 
 
+def to_train() -> dict[str, Any]:
+    model = build(three)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return {"model": model, "optimizer": optimizer, "pin": ["0"], "stream": ["1"], **SETTINGS}
+
+
 def right_arguments(name: str) -> dict[str, Any]:
     """Return arguments that a public function or class takes, but for a GPU."""
     pager = a_pager()
@@ -233,6 +240,7 @@ def right_arguments(name: str) -> dict[str, Any]:
         "on_pressure": {"callback": print, "device": "cuda"},
         "record_stacks": {},  # see below
         "restore": {"model": offloaded()},
+        "training.prepare": to_train(),
         "set_cap": {
             "cap": "1MiB",
             "device": "cuda",
@@ -245,9 +253,15 @@ def right_arguments(name: str) -> dict[str, Any]:
     return known[name]
 
 
-@pytest.mark.parametrize("name", sorted({*penstock.__all__} - RECORDS))
+def functions() -> list[str]:
+    modules = {name for name in penstock.__all__ if isinstance(getattr(penstock, name), ModuleType)}
+    inside = {f"{name}.{each}" for name in modules for each in getattr(penstock, name).__all__}
+    return sorted({*penstock.__all__} - RECORDS - modules | inside)
+
+
+@pytest.mark.parametrize("name", functions())
 def test_public_names(name: str) -> None:
-    call = getattr(penstock, name)
+    call = attrgetter(name)(penstock)
     faults = []
     for each in right_arguments(name):
         faults += refuse_all(lambda: (call, right_arguments(name)), {each})
