@@ -3,9 +3,9 @@
 This module has the public names. The folders beside it are rooms; each opens with prose. From the
 top: `cli`, `bench`, `integrations` use what is public; `training` has gradients and optimizers
 under the cap too; `manager` has models by name; `sharing` divides a cap among them; `run` runs one;
-`loading` gets weights to it; `schedule` plans; `cap` caps the process; `memory` has the pages;
-`checkpoint` reads files, `dispatch` sees operations, `report` has figures. May import everything
-but the first three. Importing is thread-safe, as ever.
+`forecast` says beforehand how that will be; `loading` gets weights to it; `schedule` plans; `cap`
+caps the process; `memory` has the pages; `checkpoint` reads files, `dispatch` sees operations,
+`report` has figures. May import everything but the first three. Importing is thread-safe, as ever.
 """
 
 from penstock import training
@@ -23,6 +23,8 @@ from penstock.errors import (
     PenstockError,
     ScheduleError,
 )
+from penstock.forecast.estimate import estimate
+from penstock.forecast.result import Estimate
 from penstock.loading.binding import ParameterMovedWarning
 from penstock.manager.lazy_module import LazyModule
 from penstock.manager.manager import MemoryManager
@@ -41,6 +43,7 @@ __all__ = [
     "CappedScope",
     "CheckpointError",
     "DeviceError",
+    "Estimate",
     "FarthestUse",
     "Holder",
     "Kernel",
@@ -61,6 +64,7 @@ __all__ = [
     "ScheduleError",
     "__version__",
     "capped",
+    "estimate",
     "manager_of",
     "memory_stats",
     "memory_summary",

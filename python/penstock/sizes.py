@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from numbers import Integral
 
-__all__ = ["format_bytes", "parse_bytes", "parse_cap"]
+__all__ = ["format_bytes", "parse_bytes", "parse_cap", "parse_rate"]
 
 _UNITS = {
     "B": 1,
@@ -19,6 +20,9 @@ _UNITS = {
     "TB": 10**12,
 }
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
+_RATE = re.compile(
+    r"\s*(\d+(?:\.\d+)?)\s*((?:[KMGT]i?|P)?)(B/s|FLOPS?(?:/s)?)?\s*", re.ASCII | re.IGNORECASE
+)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -81,6 +85,37 @@ def parse_cap(cap: int | str, total: int) -> int:
     if not 0 < float(share[1]) <= 100:
         raise ValueError(f"a cap is more than 0% of the memory and at most 100%, not {cap!r}")
     return parse_bytes(max(1, int(total * float(share[1]) / 100)))
+
+
+def parse_rate(rate: float | str, unit: str) -> float:
+    """Turn a rate into a number per second.
+
+    Parameters
+    ----------
+    rate
+        A number, or a text such as `"25GB/s"` or `"400 TFLOPS"`. K, M, G, T and P are powers of
+        1000; Ki, Mi, Gi and Ti powers of 1024.
+    unit
+        `"B/s"` or `"FLOPS"`; the text may leave it out.
+
+    Raises
+    ------
+    ValueError
+        If the text is no rate, or the rate is not positive and finite.
+    """
+    example = "25GB/s" if unit == "B/s" else "400TFLOPS"
+    value = rate
+    if isinstance(rate, str):
+        match = _RATE.fullmatch(rate)
+        if match is None or (match[3] or unit).upper() not in (unit.upper(), f"{unit.upper()}/S"):
+            raise ValueError(f'{rate!r} is no rate: write a text such as "{example}"')
+        prefix, binary = match[2].upper().removesuffix("I"), match[2].upper().endswith("I")
+        value = float(match[1]) * (1024 if binary else 1000) ** " KMGTP".index(prefix or " ")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a rate is a number or a str, not {type(rate).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f'a rate is above 0, such as "{example}", and not {rate!r}')
+    return float(value)
 
 
 def format_bytes(nbytes: int) -> str:

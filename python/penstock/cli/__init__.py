@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock import _core
-from penstock.cli import bench, demo, doctor, inspect
+from penstock.cli import bench, demo, doctor, inspect, plan
 from penstock.cli.output import open_console
 from penstock.cli.settings_options import add_settings
 from penstock.errors import PenstockError
@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--cap", type=_size, help='bytes, or a size such as "8GiB"')
     added.add_argument("--all", action="store_true", help="list every tensor, not the largest 20")
     added.set_defaults(run=inspect.run)
+
+    added = command("plan", "Say what a model needs and how fast it is under a cap, unloaded.")
+    plan.add_options(added, _size)
+    added.set_defaults(run=plan.run, refuse=added.error)
 
     added = command("demo", "Rank sentences with a real model that does not fit under its cap.")
     add_settings(added, _size, cap="64MiB")

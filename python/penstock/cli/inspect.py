@@ -1,4 +1,4 @@
-"""`penstock inspect`: what is in a checkpoint, and what would fit under a cap."""
+"""`penstock inspect`: what is in a checkpoint, and whether it runs under a cap."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from rich.console import Console
 from penstock.checkpoint import open_checkpoint
 from penstock.checkpoint.kinds import QUANTIZED, find_quantized
 from penstock.cli.output import print_table
+from penstock.errors import CheckpointError
+from penstock.forecast.estimate import least_cap
+from penstock.report.alike import Alike, group_alike
 from penstock.sizes import format_bytes
 
 __all__ = ["run"]
@@ -22,6 +25,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Read the headers, print tables, and return the figures."""
     checkpoint = open_checkpoint(options.checkpoint)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (-t.nbytes, t.name))
+    groups = group_alike(tensors)
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.nbytes
@@ -35,33 +39,59 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes}
             for t in tensors
         ],
+        "groups": [
+            {
+                "name": group.name,
+                "dtype": group.dtype,
+                "shape": list(group.shape),
+                "count": group.count,
+                "nbytes": group.count * group.nbytes,
+            }
+            for group in groups
+        ],
     }
     if options.cap:
-        largest = tensors[0].nbytes if tensors else 0
-        found["cap"] = {
-            "nbytes": options.cap,
-            "fits_whole": checkpoint.nbytes <= options.cap,
-            "largest_tensor_fits": largest <= options.cap,
-            "resident_share": min(1.0, options.cap / max(1, checkpoint.nbytes)),
-        }
-    _print(found, console, len(tensors) if options.all else _SHOWN)
+        found["cap"] = _judge(options, checkpoint.nbytes)
+    shown = [Alike(t.name, t.dtype, t.shape, 1, t.nbytes) for t in tensors]
+    _print(found, console, shown if options.all else groups[:_SHOWN])
     return found
 
 
-def _print(found: dict[str, Any], console: Console, shown: int) -> None:
+def _judge(options: argparse.Namespace, nbytes: int) -> dict[str, Any]:
+    """Say whether it runs under the cap, as `penstock plan` does."""
+    judged: dict[str, Any] = {
+        "nbytes": options.cap,
+        "fits_whole": nbytes <= options.cap,
+        "resident_share": min(1.0, options.cap / max(1, nbytes)),
+    }
+    try:
+        least, works = least_cap(options.checkpoint, options.cap)
+    except CheckpointError as error:
+        return {**judged, "runs": False, "problem": str(error)}
+    problem = f"{least.needed_by} needs a cap of {format_bytes(least.nbytes)}"
+    return {
+        **judged,
+        "runs": works,
+        "least_cap": least.nbytes,
+        "problem": "" if works else f"{problem} ({least.nbytes} bytes)",
+    }
+
+
+def _print(found: dict[str, Any], console: Console, shown: list[Alike]) -> None:
     rows = [
         (
-            tensor["name"],
-            tensor["dtype"],
-            " x ".join(map(str, tensor["shape"])) or "scalar",
-            format_bytes(tensor["nbytes"]),
+            row.name,
+            row.dtype,
+            " x ".join(map(str, row.shape)) or "scalar",
+            str(row.count),
+            format_bytes(row.count * row.nbytes),
         )
-        for tensor in found["tensors"][:shown]
+        for row in shown
     ]
-    left = found["tensor_count"] - shown
+    left = found["tensor_count"] - sum(row.count for row in shown)
     if left > 0:
-        rows.append((f"... {left} smaller ones (--all lists them)", "", "", ""))
-    print_table(console, ("tensor", "dtype", "shape", "size"), rows)
+        rows.append((f"... {left} smaller ones (--all lists them)", "", "", "", ""))
+    print_table(console, ("tensor", "dtype", "shape", "count", "size"), rows)
     dtypes = ", ".join(f"{code} {format_bytes(n)}" for code, n in found["bytes_by_dtype"].items())
     console.print(
         f"{found['tensor_count']} tensors in {len(found['files'])} files, "
@@ -71,21 +101,16 @@ def _print(found: dict[str, Any], console: Console, shown: int) -> None:
     if find_quantized(tensor["name"] for tensor in found["tensors"]):
         console.print(f"these are quantized weights; {QUANTIZED}", highlight=False)
     if "cap" in found:
-        console.print(_verdict(found), highlight=False)
+        console.print(_verdict(found["cap"]), highlight=False)
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    cap = found["cap"]
-    size = format_bytes(cap["nbytes"])
+def _verdict(cap: dict[str, Any]) -> str:
+    under = f"under a cap of {format_bytes(cap['nbytes'])}"
+    if not cap["runs"]:
+        return f"{under}: cannot run, {cap['problem']}"
     if cap["fits_whole"]:
-        return f"under a cap of {size}: all of it stays resident"
-    if not cap["largest_tensor_fits"]:
-        largest = found["tensors"][0]
-        return (
-            f"under a cap of {size}: cannot run, {largest['name']} alone has "
-            f"{format_bytes(largest['nbytes'])}"
-        )
+        return f"{under}: all of it stays resident"
     return (
-        f"under a cap of {size}: runs if what each operation reads fits, in whole pages, with "
-        f"at most {cap['resident_share']:.0%} resident"
+        f"{under}: runs, with at most {cap['resident_share']:.0%} resident; `penstock plan` says "
+        "how fast"
     )

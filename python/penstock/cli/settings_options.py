@@ -25,7 +25,8 @@ def add_settings(
         The default.
     """
     add = parser.add_argument
-    add("--cap", type=cap_text, default=cap, help=f'such as "8GiB" or "60%%"; default: {cap}')
+    default = cap or "the least that works"
+    add("--cap", type=cap_text, default=cap, help=f'such as "8GiB" or "60%%"; default: {default}')
     add("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     add("--pager", choices=("auto", "frames", "managed"), default="auto")
     add("--host", choices=HOST_TIERS, default="auto", help="where weights wait, with frames")

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from penstock.arguments import checked
+from penstock.checkpoint.json_file import read_json_object
 from penstock.errors import CheckpointError, ModelError
 from penstock.integrations import transformers as transformers_front_end
-from penstock.integrations.json_file import read_json_object
 from penstock.integrations.transformers_class import refuse_quantized
 from penstock.loading.deferred import defer, source_of
 from penstock.loading.skeleton import build_skeleton

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.checkpoint.kinds import QUANTIZED
+from penstock.checkpoint.json_file import read_json_object
 from penstock.errors import CheckpointError
-from penstock.integrations.json_file import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -15,7 +15,14 @@ from penstock.memory.pager import Pager
 from penstock.report.progress import Progress
 from penstock.sizes import format_bytes
 
-__all__ = ["HOST_TIERS", "available_host_bytes", "open_tier", "require_budget"]
+__all__ = [
+    "HOST_TIERS",
+    "available_host_bytes",
+    "choose_tier",
+    "open_tier",
+    "require_budget",
+    "ring_bytes",
+]
 
 HOST_TIERS = ("auto", "pinned", "mapped", "stream")
 
@@ -74,8 +81,7 @@ def open_tier(
             _log.warning("host tier mapped cannot be used, so another one is: %s", error)
             kind = "auto"
     if kind == "auto":
-        allowed = budget if budget is not None else int(available_host_bytes() * _SPARE)
-        kind = "pinned" if nbytes <= allowed else "stream"
+        kind, allowed = choose_tier(nbytes, budget)
         _log.info(
             "host tier %s: %s of weights, %s of host memory allowed",
             kind,
@@ -83,6 +89,54 @@ def open_tier(
             format_bytes(allowed),
         )
     return make(kind)
+
+
+def choose_tier(nbytes: int, budget: int | None, taken: int = 0) -> tuple[str, int]:
+    """Choose a tier as `"auto"` does: pinned where that is allowed, else stream.
+
+    Parameters
+    ----------
+    nbytes
+        Size of the region.
+    budget
+        Bytes of host memory that it may take; None for what the system has to spare.
+    taken
+        Bytes that will have been taken by then of what is free now.
+
+    Returns
+    -------
+    tuple
+        The kind, and the bytes of host memory that are allowed.
+    """
+    allowed = int(max(0, available_host_bytes() - taken) * _SPARE) if budget is None else budget
+    return "pinned" if nbytes <= allowed else "stream", allowed
+
+
+def ring_bytes(nbytes: int, page_size: int, budget: int | None, in_memory: int) -> int:
+    """Return the size of the ring of buffers in front of a disk.
+
+    Parameters
+    ----------
+    nbytes
+        Size of the region.
+    budget
+        Bytes of host memory that it may take; None for two GiB.
+    in_memory
+        Bytes that no file has as they are to be, and that wait in memory.
+
+    Raises
+    ------
+    CapExceededError
+        If the smallest one is more than the budget.
+    """
+    least = _LEAST_RING * page_size
+    what = (
+        f'host="stream", with a ring of {_LEAST_RING} pages at least and '
+        f"{format_bytes(in_memory)} that no file has (converted, or given as tensors),"
+    )
+    require_budget(least + in_memory, budget, what, "make pages smaller (page_size)")
+    most = _RING if budget is None else budget - in_memory
+    return max(least, min(most, -(-nbytes // page_size) * page_size))
 
 
 def require_budget(needed: int, budget: int | None, what: str, remedy: str) -> None:
@@ -130,14 +184,7 @@ def _make(
         require_budget(in_memory, budget, what, "save the weights as they are to be")
         return _core.MappedTier(device, nbytes, page, paths, extents, _MAP_LIMIT)
     if kind == "stream":
-        least = _LEAST_RING * page
-        what = (
-            f'host="stream", with a ring of {_LEAST_RING} pages at least and '
-            f"{format_bytes(in_memory)} that no file has (converted, or given as tensors),"
-        )
-        require_budget(least + in_memory, budget, what, "make pages smaller (page_size)")
-        most = _RING if budget is None else budget - in_memory
-        ring = max(least, min(most, -(-nbytes // page) * page))
+        ring = ring_bytes(nbytes, page, budget, in_memory)
         return _core.StreamTier(device, nbytes, page, paths, extents, ring, 8)
     raise ValueError(f"host tier {kind!r} is not known; use one of {', '.join(HOST_TIERS)}")
 

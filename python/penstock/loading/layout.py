@@ -11,7 +11,17 @@ import torch
 from penstock.loading.slots import Slot
 from penstock.loading.weights import Source
 
-__all__ = ["ALIGNMENT", "Placement", "Reserved", "lay_out", "lay_out_beside"]
+__all__ = [
+    "ALIGNMENT",
+    "Placement",
+    "Reserved",
+    "converted",
+    "is_small",
+    "lay_out",
+    "lay_out_beside",
+    "pack",
+    "small_are_first",
+]
 
 ALIGNMENT = 512
 """Bytes. What torch's CUDA allocator gives, and more than any CPU kernel asks for: libraries choose
@@ -142,18 +152,44 @@ def lay_out(
     tuple
         The placements, and the bytes of the region: whole system pages.
     """
-    placements = []
-    for index, source in pairs.items():
-        target = dtype if dtype is not None and source.dtype in _CONVERTIBLE else source.dtype
-        placements.append(Placement(slots[index], source, target, 0, _stride(slots[index].current)))
-    small = [each for each in placements if each.nbytes * _SMALL <= page_size]
-    if sum(map(_room, small)) <= page_size:
-        placements.sort(key=lambda each: each.nbytes * _SMALL > page_size)
+    placements = [
+        Placement(
+            slots[index], source, converted(source.dtype, dtype), 0, _stride(slots[index].current)
+        )
+        for index, source in pairs.items()
+    ]
+    offsets, nbytes = pack([each.nbytes for each in placements], page_size)
+    placed = [replace(each, offset=at) for each, at in zip(placements, offsets, strict=True)]
+    return sorted(placed, key=lambda each: each.offset), nbytes
+
+
+def converted(source: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return what a tensor has on the region; see `lay_out`."""
+    return dtype if dtype is not None and source in _CONVERTIBLE else source
+
+
+def pack(sizes: Sequence[int], page_size: int) -> tuple[list[int], int]:
+    """Place tensors by their sizes alone, in the order of the module; see `lay_out`.
+
+    Parameters
+    ----------
+    sizes
+        Of each tensor, in bytes.
+
+    Returns
+    -------
+    tuple
+        The first byte of each, and the bytes of the region.
+    """
+    order = list(range(len(sizes)))
+    if small_are_first(sizes, page_size):
+        order.sort(key=lambda index: not is_small(sizes[index], page_size))
+    offsets = [0] * len(sizes)
     end = 0
-    for at, placement in enumerate(placements):
-        placements[at] = replace(placement, offset=end)
-        end += _room(placement)
-    return placements, _whole_pages(end)
+    for index in order:
+        offsets[index] = end
+        end += _room(sizes[index])
+    return offsets, _whole_pages(end)
 
 
 def lay_out_beside(beside: Sequence[Reserved], end: int) -> tuple[list[Reserved], int]:
@@ -172,12 +208,22 @@ def lay_out_beside(beside: Sequence[Reserved], end: int) -> tuple[list[Reserved]
     placed = []
     for reserved in beside:
         placed.append(replace(reserved, offset=end))
-        end += _room(reserved)
+        end += _room(reserved.nbytes)
     return placed, _whole_pages(end)
 
 
-def _room(placed: Placement | Reserved) -> int:
-    return -(-placed.nbytes // ALIGNMENT) * ALIGNMENT
+def small_are_first(sizes: Sequence[int], page_size: int) -> bool:
+    """Whether the first page holds all small tensors of these sizes, in any order of the module."""
+    return sum(_room(size) for size in sizes if is_small(size, page_size)) <= page_size
+
+
+def is_small(size: int, page_size: int) -> bool:
+    """Whether a tensor of that size is one of the small ones of `lay_out`."""
+    return size * _SMALL <= page_size
+
+
+def _room(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _whole_pages(nbytes: int) -> int:

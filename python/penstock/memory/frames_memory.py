@@ -18,7 +18,7 @@ from penstock.memory.model_memory import ModelMemory, PagesOfSteps
 from penstock.memory.pager import Pager, wait_until_pinned
 from penstock.memory.region import Region
 
-__all__ = ["FramesMemory"]
+__all__ = ["FramesMemory", "page_table_bytes"]
 
 # The driver maps pinned host memory by entries of 8 bytes for 4 KiB, in tables of 2 MiB: 16 MiB of
 # device memory for 7 GiB, as cudaMemGetInfo shows.
@@ -30,6 +30,11 @@ _LEAST_GAIN = 50  # of the bytes of a pass, too
 _CAPTURE_COST = 200  # of them, one in so many may be loaded more for fewer copies in a graph
 
 _DISK_RATE = 2e9  # bytes per second of a common solid state disk; only how it compares matters
+
+
+def page_table_bytes(host_bytes: int) -> int:
+    """Return what the driver takes on a GPU to address so many bytes of pinned host memory."""
+    return -(-host_bytes // _HOST_PAGE * _ENTRY // _TABLE) * _TABLE
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,7 @@ class FramesMemory(ModelMemory):
         if self.pager.device.type != "cuda":
             return 0
         held = self.tier.stats()
-        entries = (held.pinned_bytes + held.mapped_bytes) // _HOST_PAGE * _ENTRY
-        nbytes = -(-entries // _TABLE) * _TABLE
+        nbytes = page_table_bytes(held.pinned_bytes + held.mapped_bytes)
         self.pager.budget.charge(_core.Tag.outside, nbytes)
         return nbytes
 

@@ -40,6 +40,7 @@ class ManagedMemory(ModelMemory):
         self.plan = None
         if steps and frames > 0:
             self.plan = plan_managed(
+                self.page_count,
                 steps,
                 frames,
                 page_size=self.pager.page_size,
@@ -47,15 +48,6 @@ class ManagedMemory(ModelMemory):
                 seconds=seconds,
                 rules=self.rules,
             )
-            if not self.plan.kept:  # then the farthest next use goes, as in any plan without them
-                self.plan = self.pager.plan(
-                    self.page_count,
-                    steps,
-                    frames,
-                    seconds,
-                    keep=self.rules.keep,
-                    stream=self.rules.stream,
-                )
         # Where nothing has to pass through, all is loaded in batches as large as can be.
         plan = self.plan
         kept = plan.kept if isinstance(plan, ManagedPlan) and plan.ring else ()

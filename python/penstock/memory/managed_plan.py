@@ -10,7 +10,7 @@ from itertools import pairwise
 from penstock import _core
 from penstock.memory.page_rules import NO_RULES, PageRules
 
-__all__ = ["ManagedPlan", "plan_managed"]
+__all__ = ["ManagedPlan", "choose_kept", "plan_managed"]
 
 BATCHES = _core.ManagedPager.batches_in_ring
 """What passes through does so in so many batches, each of which the pager loads at once."""
@@ -36,6 +36,38 @@ class ManagedPlan:
 
 
 def plan_managed(
+    page_count: int,
+    steps: Sequence[Sequence[int]],
+    frames: int,
+    *,
+    page_size: int,
+    link_rate: float,
+    seconds: Sequence[float] = (),
+    rules: PageRules = NO_RULES,
+) -> ManagedPlan | _core.Plan:
+    """Plan a pass: which pages stay, or none where there is no room to pass through beside them.
+
+    In that case the page with the farthest next use goes, as in any plan of frames. See
+    `choose_kept`.
+    """
+    plan = choose_kept(
+        steps, frames, page_size=page_size, link_rate=link_rate, seconds=seconds, rules=rules
+    )
+    if plan.kept:
+        return plan
+    return _core.plan(
+        page_count=page_count,
+        page_size=page_size,
+        steps=steps,
+        frames=frames,
+        link_rate=link_rate,
+        step_seconds=seconds,
+        keep=rules.keep,
+        stream=rules.stream,
+    )
+
+
+def choose_kept(
     steps: Sequence[Sequence[int]],
     frames: int,
     *,

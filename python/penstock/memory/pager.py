@@ -18,13 +18,33 @@ from penstock.memory.region import Region
 from penstock.sizes import format_bytes, parse_bytes, parse_cap
 from penstock.torch_private import current_stream
 
-__all__ = ["Pager", "wait_until_pinned"]
+__all__ = ["PAGE_SIZE", "Pager", "frame_sizes", "wait_until_pinned"]
 
 PAGE_SIZE = 2 << 20
 """Bytes of a managed page: what drivers migrate at once, the largest that a kernel maps whole."""
 
 FRAME_SIZE = 32 << 20
 """Bytes of a frame where the cap is large: copies of that size reach the link's full rate."""
+
+
+_FRAMES = 16  # at least under a cap, where the size of frames is not said
+
+
+def frame_sizes(granularity: int) -> list[tuple[int, int]]:
+    """List the sizes of frames that are taken by themselves, each with the least cap it is for.
+
+    They are large enough for the link's full rate, and small enough for a ring to be a small part.
+
+    Parameters
+    ----------
+    granularity
+        Of the device, in bytes.
+    """
+    sizes = [(1, granularity)]
+    while sizes[-1][1] < FRAME_SIZE:
+        size = sizes[-1][1] * 2
+        sizes.append((size * _FRAMES, size))
+    return sizes
 
 
 def wait_until_pinned(tier: _core.HostTier) -> None:
@@ -113,11 +133,8 @@ class Pager:
             return size
         if self.kind == "managed":
             return PAGE_SIZE
-        # Large enough for the link's full rate, small enough for a ring to be a small part.
-        size = self.core_device.info().frame_granularity
-        while size < FRAME_SIZE and size * 2 * 16 <= self.cap:
-            size *= 2
-        return size
+        sizes = frame_sizes(self.core_device.info().frame_granularity)
+        return max(size for least_cap, size in sizes if least_cap <= self.cap)
 
     @property
     def core(self) -> _core.ManagedPager:

@@ -13,7 +13,7 @@ from penstock.memory.managed_plan import (
     CALL_BYTES,
     LARGEST_BATCH,
     ManagedPlan,
-    plan_managed,
+    choose_kept,
 )
 from penstock.memory.page_rules import PageRules
 from penstock.report.stats import MemoryStats
@@ -30,7 +30,7 @@ def plan(
     streamed: tuple[int, ...] = (),
 ) -> ManagedPlan:
     rules = PageRules(stream=streamed)
-    return plan_managed(
+    return choose_kept(
         steps, frames, page_size=PAGE, link_rate=PAGE, seconds=seconds or [], rules=rules
     )
 

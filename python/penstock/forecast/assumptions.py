@@ -1,0 +1,123 @@
+"""The settings that a manager would take and why; what an estimate assumes and leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from penstock import _core
+from penstock.forecast.host import Waiting
+from penstock.forecast.parts import Part
+from penstock.forecast.rates import Rates
+from penstock.forecast.reads import expert_of
+from penstock.forecast.result import AtCap, Setting
+from penstock.forecast.target import Target
+from penstock.sizes import format_bytes
+
+__all__ = ["notes_on", "settings_of"]
+
+_ALWAYS = (
+    "the cap counts weights: activations, caches of keys and values, gradients and optimizer "
+    "states come beside it",
+    "a pass reads each weight once; training is not estimated",
+)
+_BY_NAMES = (
+    "by names and sizes alone: an operation is taken to read one matrix with the vectors of its "
+    "module, wherever they lie; one that reads several matrices at once needs a larger cap"
+)
+_OF_MODULE = (
+    "an operation is taken to read one matrix of a module with its vectors; one that reads several "
+    "matrices at once needs a larger cap"
+)
+_EXPERTS = (
+    "experts are taken to be given whole to one operation, as transformers does; where a program "
+    "indexes them one by one, it needs less, and moves less"
+)
+_QUANTIZED = (
+    "weights of 8 bits and below are counted as they are stored; the time to unpack them is not "
+    "estimated, and the front ends refuse checkpoints that say they are quantized"
+)
+
+
+def settings_of(
+    parts: Sequence[Part],
+    target: Target,
+    waiting: Sequence[Waiting],
+    at: AtCap,
+    device: object,
+    pager: str,
+    page_size: int | str | None,
+) -> tuple[Setting, ...]:
+    """List the settings.
+
+    Parameters
+    ----------
+    waiting
+        Of each part.
+    device, pager, page_size
+        As they were asked for.
+    """
+    said = "as you say"
+    found = [
+        Setting("device", target.device, _why_device(target) if str(device) == "auto" else said),
+        Setting("pager", target.pager, _why_pager(target) if pager == "auto" else said),
+        Setting(
+            "page_size",
+            format_bytes(at.page_size),
+            said if page_size is not None else _why_page_size(target),
+        ),
+    ]
+    for part, wait in zip(parts, waiting, strict=True):
+        name = f"host of {part.name}" if part.name else "host"
+        found.append(Setting(name, wait.tier, wait.why))
+    if at.ring:
+        why = "what streams comes through it, ahead of the operations"
+        found.append(Setting("ring", format_bytes(at.ring), why))
+    return tuple(found)
+
+
+def _why_device(target: Target) -> str:
+    return "a GPU is here" if target.is_gpu else f"no GPU is used: {_core.no_cuda_reason()}"
+
+
+def _why_pager(target: Target) -> str:
+    if target.pager == "frames":
+        return "on a GPU, weights stream by a plan, at the rate of the link"
+    return "on the CPU, the operating system's paging does it"
+
+
+def _why_page_size(target: Target) -> str:
+    if target.pager == "frames":
+        return "a sixteenth of the cap at most, and no more than copies need for the link's rate"
+    return "what drivers and kernels move at once"
+
+
+def notes_on(parts: Sequence[Part], target: Target, rates: Rates, at: AtCap) -> tuple[str, ...]:
+    """Say what was assumed, and what is not estimated."""
+    notes = [*_ALWAYS, *(note for part in parts for note in part.notes)]
+    notes.append(_OF_MODULE if all(part.ordered for part in parts) else _BY_NAMES)
+    placements = [placement for part in parts for placement in part.placements]
+    if any(_is_expert(name) for placement in placements for name in placement.slot.names):
+        notes.append(_EXPERTS)
+    if any(p.dtype.itemsize == 1 and p.dtype != torch.bool for p in placements):
+        notes.append(_QUANTIZED)
+    if not rates.knows_compute:
+        notes.append(
+            f"the speed of {target.device} is not known: times are those of the copies alone; "
+            "give it (--compute 400TFLOPS)"
+        )
+    elif not target.is_gpu:
+        notes.append("on the CPU, times are rough: the operating system pages")
+    turns = [part.resident for part in at.parts]
+    if len(turns) > 1 and sum(turns) > at.resident:
+        seconds = sum(turns) / rates.link
+        notes.append(
+            f"a pass of each part is counted; what stays of a part comes in again when it has its "
+            f"turn after another one, {seconds:.3f} s for all"
+        )
+    return tuple(notes)
+
+
+def _is_expert(name: str) -> bool:
+    return expert_of(name) is not None or ".experts." in name

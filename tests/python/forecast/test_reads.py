@@ -1,0 +1,65 @@
+"""Which tensors one operation is taken to read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from penstock.forecast.reads import find_reads
+
+
+def reads_of(*names: str | tuple[str, ...], vectors: tuple[str, ...] = ()) -> list[list[str]]:
+    tensors = [name if isinstance(name, tuple) else (name,) for name in (*names, *vectors)]
+    shapes = [(2, 2)] * len(names) + [(2,)] * len(vectors)
+    return [[tensors[index][0] for index in read] for read in find_reads(tensors, shapes)]
+
+
+def reads_of_module(module: nn.Module) -> list[set[str]]:
+    names = [name for name, _ in module.named_parameters()]
+    shapes = [parameter.shape for parameter in module.parameters()]
+    return [{names[i] for i in read} for read in find_reads([(name,) for name in names], shapes)]
+
+
+def test_a_matrix_is_read_with_the_vectors_of_its_module() -> None:
+    found = reads_of("a.weight", "a.other", "b.weight", vectors=("a.bias", "norm.weight"))
+    assert found == [
+        ["a.weight", "a.bias"],
+        ["a.other", "a.bias"],
+        ["b.weight"],
+        ["norm.weight"],
+    ]
+
+
+def test_a_tied_tensor_is_read_by_each_of_its_owners() -> None:
+    found = reads_of(("embed.weight", "head.weight"), "layer.weight")
+    assert found == [["embed.weight"], ["embed.weight"], ["layer.weight"]]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_read_whole(kind: type[nn.Module]) -> None:
+    module = kind(4, 4, num_layers=2, bidirectional=True)
+    assert reads_of_module(module) == [{name for name, _ in module.named_parameters()}]
+
+
+def test_attention_and_encoder_layers_are_read_whole() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    assert reads_of_module(attention) == [{name for name, _ in attention.named_parameters()}]
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4), 2)
+    found = reads_of_module(layers)
+    assert [len(read) for read in found] == [12, 12]
+    assert set().union(*found) == {name for name, _ in layers.named_parameters()}
+
+
+def test_experts_are_read_together_as_their_stack_would_be() -> None:
+    names = [
+        f"mlp.experts.{expert}.{projection}.weight"
+        for expert in range(2)
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    ]
+    found = [set(read) for read in reads_of(*names)]
+    assert found == [
+        {name for name in names if "down" not in name},
+        {name for name in names if "down" in name},
+    ]
+    assert torch.equal(torch.tensor(len(found)), torch.tensor(2))
