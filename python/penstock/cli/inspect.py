@@ -51,17 +51,18 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         ],
     }
     if options.cap:
-        found["cap"] = _judge(options, checkpoint.nbytes)
+        found["cap"] = _judge(options, checkpoint.nbytes, tensors[0].nbytes if tensors else 0)
     shown = [Alike(t.name, t.dtype, t.shape, 1, t.nbytes) for t in tensors]
     _print(found, console, shown if options.all else groups[:_SHOWN])
     return found
 
 
-def _judge(options: argparse.Namespace, nbytes: int) -> dict[str, Any]:
+def _judge(options: argparse.Namespace, nbytes: int, largest: int) -> dict[str, Any]:
     """Say whether it runs under the cap, as `penstock plan` does."""
     judged: dict[str, Any] = {
         "nbytes": options.cap,
         "fits_whole": nbytes <= options.cap,
+        "largest_tensor_fits": largest <= options.cap,
         "resident_share": min(1.0, options.cap / max(1, nbytes)),
     }
     try:
@@ -83,15 +84,14 @@ def _print(found: dict[str, Any], console: Console, shown: list[Alike]) -> None:
             row.name,
             row.dtype,
             " x ".join(map(str, row.shape)) or "scalar",
-            str(row.count),
-            format_bytes(row.count * row.nbytes),
+            (f"{row.count} x " if row.count > 1 else "") + format_bytes(row.nbytes),
         )
         for row in shown
     ]
     left = found["tensor_count"] - sum(row.count for row in shown)
     if left > 0:
-        rows.append((f"... {left} smaller ones (--all lists them)", "", "", "", ""))
-    print_table(console, ("tensor", "dtype", "shape", "count", "size"), rows)
+        rows.append((f"... {left} smaller ones (--all lists them)", "", "", ""))
+    print_table(console, ("tensor", "dtype", "shape", "size"), rows)
     dtypes = ", ".join(f"{code} {format_bytes(n)}" for code, n in found["bytes_by_dtype"].items())
     console.print(
         f"{found['tensor_count']} tensors in {len(found['files'])} files, "

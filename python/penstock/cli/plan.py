@@ -44,8 +44,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     `ok` is false where the model would be refused under the cap: then the exit code is 1.
     """
-    _begin_cuda(options.device)
     try:
+        _begin_cuda(options.device)
         found = estimate(
             options.checkpoint,
             cap=options.cap,

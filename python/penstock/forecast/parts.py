@@ -140,9 +140,12 @@ class Part:
             most = most_pages(self.reads[index])
             return most * page_size if most < page_count else nbytes, most
 
-        charges = [charge(index) for index in range(len(steps))]
+        charges = [
+            (*charge(index), sum(sizes[each] for each in read))
+            for index, read in enumerate(self.reads)
+        ]
         largest = max(range(len(steps)), key=charges.__getitem__, default=None)
-        least_bytes, least_pages = (0, 0) if largest is None else charges[largest]
+        least_bytes, least_pages, _ = (0, 0, 0) if largest is None else charges[largest]
         return Laid(page_size, nbytes, steps, least_bytes, least_pages, largest)
 
 

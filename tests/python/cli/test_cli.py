@@ -105,6 +105,18 @@ def test_version(shell: Shell) -> None:
         ["doctor", "--cap", "1GiB"],
         ["demo", "--cap", "-1"],
         ["demo", "--speed", "9"],
+        ["plan"],
+        ["plan", "x", "--cap", "much"],
+        ["plan", "x", "--caps", "1GiB,much"],
+        ["plan", "x", "--tokens", "0"],
+        ["plan", "x", "--batch", "some"],
+        ["plan", "x", "--link", "25GB"],
+        ["plan", "x", "--link", "0GB/s"],
+        ["plan", "x", "--compute", "25GB/s"],
+        ["plan", "x", "--dtype", "int8"],
+        ["plan", "x", "--plot", "chart.gif"],
+        ["plan", "x", "--page-size", "3KiB"],
+        ["plan", "x", "--device", "tpu"],
         ["bench", "--json"],
         ["bench", "--cap", "much"],
     ],
@@ -128,7 +140,7 @@ def test_a_part_of_a_memory_is_a_cap_where_the_memory_is_known(shell: Shell) -> 
     assert bench._plan(options).sizes(1 << 20).cap == int(total * 0.6)
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "demo", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "plan", "demo", "bench"])
 def test_help_of_every_command(command: str, shell: Shell) -> None:
     assert shell.run(command, "--help") == 0
     assert f"usage: penstock {command}" in shell.out
@@ -268,23 +280,61 @@ def test_inspect_shows_people_the_largest_or_all(checkpoint: Path, shell: Shell)
 
 
 @pytest.mark.parametrize(
-    ("cap", "fits_whole", "largest_fits", "verdict"),
+    ("cap", "fits_whole", "runs", "verdict"),
     [
         ("1GiB", True, True, "under a cap of 1.00 GiB: all of it stays resident"),
-        (524288, False, True, "in whole pages, with at most 52% resident"),
-        ("524287", False, False, "cannot run, big alone has 512.00 KiB"),
+        ("4MiB", False, True, "under a cap of 4.00 MiB: runs, with at most 47% resident"),
+        (
+            "1MiB",
+            False,
+            False,
+            "layer.0.weight needs a cap of 4.00 MiB (4194304 bytes)",
+        ),
     ],
 )
-def test_inspect_judges_a_cap(
-    cap: object, fits_whole: bool, largest_fits: bool, verdict: str, checkpoint: Path, shell: Shell
+def test_inspect_judges_a_cap_as_plan_does(
+    cap: object, fits_whole: bool, runs: bool, verdict: str, tmp_path: Path, shell: Shell
 ) -> None:
-    found = shell.json("inspect", checkpoint, "--cap", cap)["cap"]
-    assert found["fits_whole"] is fits_whole
-    assert found["largest_tensor_fits"] is largest_fits
-    assert 0 < found["resident_share"] <= 1
-    assert (found["resident_share"] == 1) == fits_whole
-    assert shell.run("inspect", checkpoint, "--cap", cap) == 0
+    tensors = {f"layer.{i}.weight": torch.zeros(1024, 512) for i in range(4)}
+    save_file({"big": torch.zeros(128, 1024), **tensors}, tmp_path / "model.safetensors")
+    judged = shell.json("inspect", tmp_path, "--cap", cap)["cap"]
+    assert judged["fits_whole"] is fits_whole
+    assert judged["runs"] is runs
+    assert bool(judged["problem"]) is not runs
+    assert 0 < judged["resident_share"] <= 1
+    planned = shell.json("plan", tmp_path, "--cap", cap, *RATES, code=0 if runs else 1)
+    assert planned["fits"] is runs
+    assert planned["least_cap"] == judged["least_cap"]
+    assert shell.run("inspect", tmp_path, "--cap", cap) == 0
     assert verdict in shell.out
+
+
+def test_inspect_has_one_row_for_the_tensors_of_all_layers(tmp_path: Path, shell: Shell) -> None:
+    tensors = {f"layers.{i}.weight": torch.zeros(64, 64) for i in range(40)}
+    save_file({"head": torch.zeros(8), **tensors}, tmp_path / "model.safetensors")
+    found = shell.json("inspect", tmp_path)
+    assert [(each["name"], each["count"]) for each in found["groups"]] == [
+        ("layers.[0-39].weight", 40),
+        ("head", 1),
+    ]
+    assert found["groups"][0]["nbytes"] == 40 * 64 * 64 * 4
+    assert shell.run("inspect", tmp_path) == 0
+    assert "layers.[0-39].weight" in shell.out
+    assert "40 x 16.00 KiB" in shell.out
+    assert "smaller ones" not in shell.out
+    assert shell.run("inspect", tmp_path, "--all") == 0
+    assert "layers.17.weight" in shell.out
+
+
+def test_inspect_says_why_nothing_can_run_what_torch_has_no_dtype_for(
+    tmp_path: Path, shell: Shell
+) -> None:
+    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    judged = shell.json("inspect", tmp_path, "--cap", "1MiB")["cap"]
+    assert judged["runs"] is False
+    assert "F6_E2M3" in judged["problem"]
 
 
 def test_inspect_of_a_whole_that_fits_exactly(checkpoint: Path, shell: Shell) -> None:
@@ -323,6 +373,81 @@ def test_errors_are_code_1_for_people_and_programs(tmp_path: Path, shell: Shell)
         assert shell.err.startswith("penstock: ")
         assert str(path) in shell.err
         assert "Traceback" not in shell.err
+
+
+# ---- plan --------------------------------------------------------------------------------------
+
+RATES = ("--link", "10GB/s", "--disk", "1GB/s", "--compute", "1TFLOPS", "--device", "cpu")
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    tensors = {f"layers.{i}.weight": torch.zeros(512, 512) for i in range(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_plan_tells_programs_what_people_see(layers: Path, shell: Shell) -> None:
+    options = ("--pager", "frames", "--page-size", "64KiB", "--cap", "4MiB", *RATES)
+    found = shell.json("plan", layers, *options, "--caps", "2MiB,6MiB")
+    assert found["ok"] and found["fits"]
+    assert found["nbytes"] == 8 * 512 * 512 * 4
+    assert found["cap"] == 4 * MIB
+    assert 512 * 512 * 4 <= found["least_cap"] <= 512 * 512 * 4 + 64 * 1024
+    assert 0 < found["resident"] < 4 * MIB < found["resident"] + found["streamed"]
+    assert found["pinned"] == found["host"] == found["nbytes"]
+    assert found["bound"] == "link"
+    assert found["seconds"] >= found["streamed"] / 10e9
+    assert found["load_seconds"] == found["nbytes"] / 1e9
+    assert [row["cap"] for row in found["caps"]] == [2 * MIB, 4 * MIB, 6 * MIB]
+    assert {each["name"] for each in found["settings"]} >= {"device", "pager", "host", "page_size"}
+    assert shell.run("plan", layers, *options) == 0
+    for part in ("least cap", "stays under 4.00 MiB", "bound: link", "█", "frames", "training"):
+        assert part in shell.out
+
+
+def test_plan_of_a_cap_that_is_too_small_is_code_1_and_says_the_least(
+    layers: Path, shell: Shell
+) -> None:
+    found = shell.json("plan", layers, "--cap", "1MiB", *RATES, code=1)
+    assert found["ok"] is found["fits"] is False
+    assert found["seconds"] is None
+    assert str(found["least_cap"]) in found["problem"]
+    assert shell.run("plan", layers, "--cap", "1MiB", *RATES) == 1
+    assert "cannot run, layers.0.weight needs" in shell.out
+
+
+def test_plan_writes_a_chart(layers: Path, tmp_path: Path, shell: Shell) -> None:
+    chart = tmp_path / "chart.svg"
+    assert shell.run("plan", layers, *RATES, "--plot", chart) == 0
+    assert chart.read_text().startswith("<svg")
+    missing = tmp_path / "missing" / "chart.svg"
+    assert shell.run("plan", layers, *RATES, "--plot", missing) == 1
+    assert str(missing) in shell.err
+
+
+@pytest.mark.skipif(_core.cuda_device_count() > 0, reason="a GPU is here")
+def test_plan_for_a_gpu_that_is_not_here(layers: Path, shell: Shell) -> None:
+    assert shell.run("plan", layers, "--device", "cuda") == 1
+    assert "--link 25GB/s" in shell.err
+    assert shell.run("plan", layers, "--device", "cuda", "--link", "25GB/s") == 0
+    assert "frames" in shell.out
+    assert shell.run("plan", layers, "--device", "cuda", "--link", "25GB/s", "--cap", "60%") == 2
+    assert "which is not here" in shell.err
+
+
+def test_plan_measures_what_is_not_given(layers: Path, shell: Shell) -> None:
+    found = shell.json("plan", layers, "--device", "cpu")
+    assert found["link"] > 0
+    assert found["compute"] > 0
+    assert found["seconds"] > 0
+    assert found["cap"] == found["least_cap"]
+
+
+def test_plan_of_nothing_that_can_be_read(tmp_path: Path, shell: Shell) -> None:
+    found = shell.json("plan", tmp_path, *RATES, code=1)
+    assert found["type"] == "CheckpointError"
+    assert str(tmp_path) in found["error"]
 
 
 # ---- demo --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def refuses(builder: Callable[[], nn.Module], weights: Any, x: torch.Tensor, **h
 
 
 @pytest.mark.parametrize("pager", PAGERS)
-@pytest.mark.parametrize("page_size", ["4KiB", "64KiB", None], ids=str)
+@pytest.mark.parametrize("page_size", ["64KiB", "256KiB", None], ids=str)
 @pytest.mark.parametrize("index", range(len(ZOO)))
 def test_the_least_cap_runs(pager: str, page_size: str | None, index: int) -> None:
     builder, x = ZOO[index]
@@ -132,7 +133,7 @@ def test_the_least_cap_runs(pager: str, page_size: str | None, index: int) -> No
 
 
 models = st.tuples(
-    st.lists(st.integers(1, 160), min_size=2, max_size=7),  # widths
+    st.lists(st.integers(1, 400), min_size=2, max_size=7),  # widths
     st.lists(st.booleans(), min_size=6, max_size=6),  # biases
 )
 
@@ -141,7 +142,7 @@ models = st.tuples(
 @given(
     model=models,
     pager=st.sampled_from(PAGERS),
-    page_size=st.sampled_from([4 * KIB, 16 * KIB, 64 * KIB, None]),
+    page_size=st.sampled_from([64 * KIB, 128 * KIB, None]),
     share=st.floats(0, 1.2),
 )
 def test_what_is_said_to_fit_runs_and_what_is_not_is_refused(
@@ -150,8 +151,8 @@ def test_what_is_said_to_fit_runs_and_what_is_not_is_refused(
     widths, biases = model
 
     def builder() -> nn.Module:
-        pairs = zip(widths, widths[1:], biases)
-        return nn.Sequential(*(nn.Linear(a, b, bias=bias) for a, b, bias in pairs))
+        layers = zip(pairwise(widths), biases, strict=False)
+        return nn.Sequential(*(nn.Linear(*shape, bias=bias) for shape, bias in layers))
 
     weights, x = state_of(build(builder)), torch.ones(2, widths[0])
     how: dict[str, Any] = {"pager": pager, "page_size": page_size}
@@ -170,7 +171,9 @@ def test_larger_pages_under_larger_caps_do_not_make_the_least_cap_a_lie() -> Non
     builder = lambda: mlp(700, 300, 700)  # noqa: E731
     weights, x = state_of(build(builder)), torch.ones(1, 700)
     least = penstock.estimate(weights, builder, pager="frames", **HERE).least_cap
-    sizes = [start for start, _ in find_target("cpu", "frames", None, link_is_given=True).page_sizes]
+    sizes = [
+        start for start, _ in find_target("cpu", "frames", None, link_is_given=True).page_sizes
+    ]
     above = [cap for start in sizes for cap in (start - 1, start, start + 1) if cap >= least]
     for cap in (least, least + 1, *above[:9]):
         run(builder, weights, x, cap=cap, pager="frames")
@@ -180,7 +183,7 @@ def test_larger_pages_under_larger_caps_do_not_make_the_least_cap_a_lie() -> Non
 # ---- what streams ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page_size", [16 * KIB, 64 * KIB, None], ids=str)
+@pytest.mark.parametrize("page_size", [64 * KIB, 128 * KIB, None], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.8])
 def test_bytes_that_stream_are_those_of_the_real_plan(share: float, page_size: int | None) -> None:
     """By the times that its steps took, the plan is the manager's, and so are the bytes it moves.
@@ -192,12 +195,21 @@ def test_bytes_that_stream_are_those_of_the_real_plan(share: float, page_size: i
     how: dict[str, Any] = {"pager": "frames", "page_size": page_size}
     least = penstock.estimate(weights, builder, **HERE, **how)
     cap = int(least.least_cap + share * (least.nbytes - least.least_cap))
-    manager, loaded = run(builder, weights, x, cap=cap, passes=ENOUGH, host="pinned", **how)
-    figures = manager.stats().models["m"].memory
-    assert loaded[-1] == loaded[-2] == figures.planned_bytes
+    manager, _ = run(builder, weights, x, cap=cap, passes=0, host="pinned", **how)
     runner = manager._models["m"].runner
     assert runner is not None
+    loaded = []
+    with torch.no_grad(), manager.use("m") as module:
+        for number in range(ENOUGH + 3):
+            if number == ENOUGH:
+                runner.plan()  # times may have been corrected without a new plan
+            before = manager.stats().models["m"].memory.loaded_bytes
+            module(x)
+            loaded.append(manager.stats().models["m"].memory.loaded_bytes - before)
+        figures = manager.stats().models["m"].memory
+    assert loaded[-1] == loaded[-2] == figures.planned_bytes
     times = runner._planning._times.of(runner._expected)
+    assert len(times) == 12
     target = find_target("cpu", "frames", page_size, link_is_given=True)
     size = target.page_size(cap)
     laid = open_parts(weights, builder, None)[0].laid(size)
@@ -210,7 +222,7 @@ def test_bytes_that_stream_are_those_of_the_real_plan(share: float, page_size: i
     guessed = penstock.estimate(weights, builder, cap=cap, **HERE, **how)
     assert guessed.streamed >= laid.page_count * size - cap  # what can never stay
     assert guessed.resident + guessed.streamed >= guessed.nbytes
-    assert abs(guessed.streamed - figures.planned_bytes) <= cap // 4
+    assert abs(guessed.streamed - streamed) <= max(ring, guessed.at.ring)
 
 
 @pytest.mark.parametrize("pager", PAGERS)
@@ -230,7 +242,7 @@ def test_nothing_streams_where_all_of_it_fits(pager: str) -> None:
 
 def test_more_cap_is_never_slower_with_pages_of_one_size() -> None:
     weights = state_of(build(lambda: mlp(*[192] * 13)))
-    found = penstock.estimate(weights, pager="frames", page_size="16KiB", **HERE)
+    found = penstock.estimate(weights, pager="frames", page_size="64KiB", **HERE)
     moved = [row.streamed for row in found.caps]
     assert moved == sorted(moved, reverse=True)
     assert [row.cap for row in found.caps] == sorted(row.cap for row in found.caps)
@@ -319,7 +331,8 @@ def test_host_memory_is_that_of_the_tier_that_is_chosen(tmp_path: Path) -> None:
         found = penstock.estimate(path, builder, cap="2MiB", **HERE, **told)
         manager, _ = run(builder, path, torch.ones(256), cap=2 * MIB, **told)
         figures = manager.stats().models["m"].memory
-        assert found.pinned == figures.pinned_bytes
+        # Buffers of the ring are as large as pages need them, which is a little less.
+        assert 0 <= found.pinned - figures.pinned_bytes <= found.pinned // 8
         chosen = next(each for each in found.settings if each.name == "host")
         assert chosen.value == figures.host_tier
         assert chosen.why
@@ -333,7 +346,7 @@ def test_what_the_host_has_no_room_for_is_a_problem(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(estimate_module, "available_host_bytes", lambda: 10)
     found = penstock.estimate(weights, host="pinned", pager="frames", **HERE)
     assert not found.fits
-    assert 'host="stream"' in found.problem
+    assert 'host="pinned" takes' in found.problem
 
 
 def test_a_spill_file_that_has_no_room_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +375,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_is_its_parts_one_after_the_other(pipeline: Path) -> None:
-    how: dict[str, Any] = {"pager": "frames", "page_size": "16KiB", **HERE}
+    how: dict[str, Any] = {"pager": "frames", "page_size": "64KiB", **HERE}
     found = penstock.estimate(pipeline, **how)
     text, unet = found.at.parts
     assert (text.name, unet.name) == ("text_encoder", "unet")
@@ -395,7 +408,7 @@ def test_a_pipeline_without_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_cap_that_is_too_small_says_the_numbers_and_the_least_one() -> None:
     weights = state_of(build(lambda: mlp(256, 256)))
-    found = penstock.estimate(weights, cap="64KiB", pager="frames", page_size="16KiB", **HERE)
+    found = penstock.estimate(weights, cap="64KiB", pager="frames", page_size="64KiB", **HERE)
     assert not found.fits
     assert "0.weight" in found.problem
     assert str(found.least_cap) in found.problem
@@ -421,7 +434,7 @@ def test_no_weights_at_all() -> None:
         ({"pager": "moon"}, ValueError, "pager kind"),
         ({"page_size": "3KiB"}, ValueError, "power of two"),
         ({"cap": "much"}, ValueError, "no size"),
-        ({"device": "tpu"}, DeviceError, "tpu"),
+        ({"device": "tpu"}, ValueError, "tpu"),
     ],
     ids=str,
 )
