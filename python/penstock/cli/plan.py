@@ -32,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> 
     add("--caps", type=_several(size), default=(), help="of the table, separated by commas")
     add("--tokens", type=_count, default=1, help="of each sequence in a pass; default: 1")
     add("--batch", type=_count, default=1, help="sequences in a pass; default: 1")
+    add("--training", choices=("frozen", "all"), help="which weights; default: forward passes")
     add("--dtype", choices=_DTYPES, help="what weights become; default: what they are")
     add("--link", type=_rate("B/s"), help='to the device, such as "25GB/s"; default: measured')
     add("--disk", type=_rate("B/s"), help="default: measured")
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             caps=options.caps,
             tokens=options.tokens,
             batch=options.batch,
+            training=options.training,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             device=options.device,
             pager=options.pager,
@@ -92,6 +94,9 @@ def _print(found: Estimate, points: list[ChartPoint], console: Console) -> None:
         ("least cap", f"{format_bytes(found.least_cap)} ({found.least_cap} bytes)"),
         ("needed by", found.least_cap_by or "nothing"),
     ]
+    if found.least_cap_indexed is not None:
+        indexed = format_bytes(found.least_cap_indexed)
+        facts.append(("least cap, experts one by one", indexed))
     if at.fits:
         facts += [
             (f"stays under {cap}", format_bytes(at.resident)),
@@ -101,6 +106,8 @@ def _print(found: Estimate, points: list[ChartPoint], console: Console) -> None:
     facts.append(
         ("host memory", f"{format_bytes(found.host)}, pinned {format_bytes(found.pinned)}")
     )
+    if found.beside:
+        facts.append(("gradients, states", f"{format_bytes(found.beside)} beside the cap"))
     if found.spill:
         facts.append(("spill file", format_bytes(found.spill)))
     facts.append(("loading, cold", _seconds(found.load_seconds)))

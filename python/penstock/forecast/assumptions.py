@@ -10,7 +10,6 @@ from penstock import _core
 from penstock.forecast.host import Waiting
 from penstock.forecast.parts import Part
 from penstock.forecast.rates import Rates
-from penstock.forecast.reads import expert_of
 from penstock.forecast.result import AtCap, Setting
 from penstock.forecast.target import Target
 from penstock.sizes import format_bytes
@@ -20,8 +19,15 @@ __all__ = ["notes_on", "settings_of"]
 _ALWAYS = (
     "the cap counts weights: activations, caches of keys and values, gradients and optimizer "
     "states come beside it",
-    "a pass reads each weight once; training is not estimated",
 )
+_FORWARD = "a pass reads each weight once; training is another estimate"
+_TRAINING = {
+    "frozen": "a pass is a forward and a backward pass, which update no paged weights",
+    "all": (
+        "a pass is a forward pass, a backward pass, and AdamW by lists, which goes through the "
+        "weights twice; written pages go back over the link beside what comes in"
+    ),
+}
 _BY_NAMES = (
     "by names and sizes alone: an operation is taken to read one matrix with the vectors of its "
     "module, wherever they lie; one that reads several matrices at once needs a larger cap"
@@ -31,8 +37,8 @@ _OF_MODULE = (
     "matrices at once needs a larger cap"
 )
 _EXPERTS = (
-    "experts are taken to be given whole to one operation, as transformers does; where a program "
-    "indexes them one by one, it needs less, and moves less"
+    "experts are taken to be given whole to one operation, as transformers does; a program that "
+    "indexes them one by one needs less, and moves less, which is not estimated"
 )
 _QUANTIZED = (
     "weights of 8 bits and below are counted as they are stored; the time to unpack them is not "
@@ -93,12 +99,15 @@ def _why_page_size(target: Target) -> str:
     return "what drivers and kernels move at once"
 
 
-def notes_on(parts: Sequence[Part], target: Target, rates: Rates, at: AtCap) -> tuple[str, ...]:
+def notes_on(
+    parts: Sequence[Part], target: Target, rates: Rates, at: AtCap, training: str | None
+) -> tuple[str, ...]:
     """Say what was assumed, and what is not estimated."""
-    notes = [*_ALWAYS, *(note for part in parts for note in part.notes)]
+    of_pass = _TRAINING[training] if training else _FORWARD
+    notes = [*_ALWAYS, of_pass, *(note for part in parts for note in part.notes)]
     notes.append(_OF_MODULE if all(part.ordered for part in parts) else _BY_NAMES)
     placements = [placement for part in parts for placement in part.placements]
-    if any(_is_expert(name) for placement in placements for name in placement.slot.names):
+    if any(part.has_experts for part in parts):
         notes.append(_EXPERTS)
     if any(p.dtype.itemsize == 1 and p.dtype != torch.bool for p in placements):
         notes.append(_QUANTIZED)
@@ -117,7 +126,3 @@ def notes_on(parts: Sequence[Part], target: Target, rates: Rates, at: AtCap) -> 
             f"turn after another one, {seconds:.3f} s for all"
         )
     return tuple(notes)
-
-
-def _is_expert(name: str) -> bool:
-    return expert_of(name) is not None or ".experts." in name

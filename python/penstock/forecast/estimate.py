@@ -17,7 +17,7 @@ from penstock.checkpoint import TensorEntry
 from penstock.forecast.assumptions import notes_on, settings_of
 from penstock.forecast.host import Waiting, find_tiers
 from penstock.forecast.parts import Part, open_parts
-from penstock.forecast.passes import Pass, forecast_pass
+from penstock.forecast.passes import TRAINING, Pass, Workload, forecast_pass
 from penstock.forecast.rates import Rates, find_rates
 from penstock.forecast.result import AtCap, Estimate, PartEstimate
 from penstock.forecast.sizing import LeastCap, Tiers, charged_tables, find_least_cap, need_under
@@ -28,6 +28,7 @@ from penstock.sizes import format_bytes, parse_bytes
 
 __all__ = ["estimate", "least_cap"]
 
+_BESIDE = 3  # times the weights: gradients, and the two states of AdamW
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of all weights, for the table
 
 
@@ -39,6 +40,7 @@ def estimate(
     caps: Sequence[int | str] = (),
     tokens: int = 1,
     batch: int = 1,
+    training: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | _core.Device = "auto",
     pager: str = "auto",
@@ -67,6 +69,9 @@ def estimate(
         Those of the table; some between the least and all weights if there are none.
     tokens, batch
         Of one pass: so many in each of so many sequences.
+    training
+        None for forward passes; `"frozen"` where a backward pass follows each that updates no paged
+        weights, as with adapters; `"all"` where AdamW updates all of them.
     dtype, device, pager, host, host_budget, page_size
         As `register` and `MemoryManager` have them. With a `link`, a GPU need not be here.
     link, disk, compute
@@ -92,6 +97,8 @@ def estimate(
     for name, count in (("tokens", tokens), ("batch", batch)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} is a whole number above 0, not {count!r}")
+    if training not in TRAINING:
+        raise ValueError(f'training is "all", "frozen" or None, not {training!r}')
     if host not in HOST_TIERS:
         raise ValueError(f"host tier {host!r} is not known; use one of {', '.join(HOST_TIERS)}")
     budget = None if host_budget is None else parse_bytes(host_budget)
@@ -104,23 +111,26 @@ def estimate(
         target, _files(parts), _main_dtype(parts), link=link, disk=disk, compute=compute
     )
     least = find_least_cap(parts, target, tiers)
-    forecast = _Forecast(parts, target, tiers, rates, tokens * batch)
+    forecast = _Forecast(parts, target, tiers, rates, Workload(tokens * batch, training))
     at = forecast.at(asked if asked is not None else least.nbytes)
     waiting = tiers(at.page_size)
     rows = wanted or _some_caps(parts, least.nbytes, forecast.whole_cap())
     read = sum(each.read for each in waiting)
     return Estimate(
-        nbytes=sum(part.nbytes for part in parts),
+        nbytes=forecast.nbytes,
         least_cap=least.nbytes,
         least_cap_by=least.needed_by,
         at=at,
-        problem=_problem(forecast, at, least, waiting),
+        least_cap_indexed=_least_cap_indexed(parts, target, tiers),
+        problem=_problem(forecast, at, least, waiting, writes=training == "all"),
         host=sum(each.host for each in waiting),
         pinned=sum(each.pinned for each in waiting),
         spill=sum(each.spill for each in waiting),
         load_seconds=0.0 if read == 0 else read / rates.disk if rates.disk else None,
         caps=tuple(forecast.at(each) for each in sorted({*rows, *([asked] if asked else [])})),
         tokens=tokens * batch,
+        training=training,
+        beside=_BESIDE * forecast.nbytes if training == "all" else 0,
         device=target.device,
         pager=target.pager,
         link=rates.link,
@@ -128,7 +138,7 @@ def estimate(
         compute=rates.compute,
         memory=rates.memory,
         settings=settings_of(parts, target, waiting, at, device, pager, page_size),
-        notes=notes_on(parts, target, rates, at),
+        notes=notes_on(parts, target, rates, at, training),
     )
 
 
@@ -157,13 +167,19 @@ class _Forecast:
     """Passes of all parts, by the cap."""
 
     def __init__(
-        self, parts: Sequence[Part], target: Target, tiers: Tiers, rates: Rates, tokens: int
+        self,
+        parts: Sequence[Part],
+        target: Target,
+        tiers: Tiers,
+        rates: Rates,
+        workload: Workload,
     ) -> None:
         self._parts = parts
         self._target = target
         self._tiers = tiers
         self._rates = rates
-        self._tokens = tokens
+        self._workload = workload
+        self.nbytes = sum(part.nbytes for part in parts)
 
     def need(self, cap: int) -> LeastCap:
         """Return what is needed with the pages of a cap."""
@@ -179,7 +195,13 @@ class _Forecast:
             return AtCap(cap, False, 0, 0, None, "link", page_size, 0, none)
         passes = [
             forecast_pass(
-                part, wait, self._target, self._rates, cap=cap, tables=tables, tokens=self._tokens
+                part,
+                wait,
+                self._target,
+                self._rates,
+                cap=cap,
+                tables=tables,
+                workload=self._workload,
             )
             for part, wait in zip(self._parts, waiting, strict=True)
         ]
@@ -251,7 +273,20 @@ def _main_dtype(parts: Sequence[Part]) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _problem(forecast: _Forecast, at: AtCap, least: LeastCap, waiting: Sequence[Waiting]) -> str:
+def _least_cap_indexed(parts: Sequence[Part], target: Target, tiers: Tiers) -> int | None:
+    if not any(part.has_experts for part in parts):
+        return None
+    return find_least_cap([p.with_experts_indexed() for p in parts], target, tiers).nbytes
+
+
+def _problem(
+    forecast: _Forecast,
+    at: AtCap,
+    least: LeastCap,
+    waiting: Sequence[Waiting],
+    *,
+    writes: bool,
+) -> str:
     """Say why it does not run; empty where it does."""
     if not at.fits:
         need = forecast.need(at.cap)
@@ -265,6 +300,11 @@ def _problem(forecast: _Forecast, at: AtCap, least: LeastCap, waiting: Sequence[
         return (
             f'host="pinned" takes {format_bytes(pinned)} of host memory, and {format_bytes(free)} '
             'are free: use host="auto", or "stream"'
+        )
+    if writes and any(each.tier in ("stream", "mapped") for each in waiting):
+        return (
+            'weights that are trained are written to, which needs host="pinned" '
+            f"({format_bytes(forecast.nbytes)} of host memory)"
         )
     spill = sum(each.spill for each in waiting)
     if spill and spill > (room := shutil.disk_usage(_core.spill_directory()).free):

@@ -13,7 +13,7 @@ from torch import nn
 from penstock.checkpoint.json_file import read_json_object
 from penstock.checkpoint.torch_files import TORCH_SUFFIXES
 from penstock.errors import CheckpointError
-from penstock.forecast.reads import find_reads
+from penstock.forecast.reads import Read, find_reads, has_experts
 from penstock.loading.layout import (
     ALIGNMENT,
     Placement,
@@ -74,7 +74,7 @@ class Part:
         Whether that order is known. A checkpoint alone has another one, and then the least cap is
         for any order.
     reads
-        For each operation of a pass, the indices of the placements that it reads.
+        What each operation of a pass reads of the placements.
     notes
         What has been assumed.
     """
@@ -82,7 +82,7 @@ class Part:
     name: str
     placements: tuple[Placement, ...]
     ordered: bool
-    reads: tuple[tuple[int, ...], ...]
+    reads: tuple[Read, ...]
     notes: tuple[str, ...] = ()
     _laid: dict[int, Laid] = field(default_factory=dict, init=False, repr=False)
 
@@ -93,10 +93,20 @@ class Part:
 
     def describe(self, operation: int) -> str:
         """Name what an operation reads."""
-        read = sorted(self.reads[operation], key=lambda index: -self.placements[index].nbytes)
+        tensors = self.reads[operation].tensors
+        read = sorted(tensors, key=lambda index: -self.placements[index].nbytes)
         names = [self.placements[index].name for index in read]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return (f"{self.name}: " if self.name else "") + names[0] + more
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some of its tensors are experts."""
+        return any(has_experts(name) for each in self.placements for name in each.slot.names)
+
+    def with_experts_indexed(self) -> Part:
+        """Return the same where the program reads experts one by one."""
+        return replace(self, reads=tuple(_reads_of(self.placements, indexed=True)))
 
     def laid(self, page_size: int) -> Laid:
         """Place it on pages of a size."""
@@ -109,24 +119,26 @@ class Part:
         offsets, nbytes = pack(sizes, page_size)
         page_count = -(-nbytes // page_size)
 
-        def pages_of(read: Sequence[int]) -> list[int]:
+        def pages_of(read: Read) -> list[int]:
             pages = set[int]()
-            for index in read:
-                if sizes[index]:
-                    start, last = offsets[index], offsets[index] + sizes[index] - 1
-                    pages.update(range(start // page_size, last // page_size + 1))
+            for index in read.tensors:
+                start, size = read.extent(offsets[index], sizes[index])
+                if size:
+                    pages.update(range(start // page_size, (start + size - 1) // page_size + 1))
             return sorted(pages)
 
         small_first = small_are_first(sizes, page_size)
 
-        def most_pages(read: Sequence[int]) -> int:
+        def most_pages(read: Read) -> int:
             """Count them for the worst places; small tensors have the first page where it holds."""
             first_page, pages = False, 0
-            for size in (sizes[index] for index in read if sizes[index]):
-                if small_first and is_small(size, page_size):
-                    first_page = True
-                else:
-                    pages += 1 + -(-max(0, size - ALIGNMENT) // page_size)
+            for index in read.tensors:
+                _, size = read.extent(0, sizes[index])
+                if small_first and is_small(sizes[index], page_size):
+                    first_page |= size > 0
+                elif size:  # a part begins at any byte, a whole tensor at aligned ones
+                    grain = ALIGNMENT if read.parts == 1 else 1
+                    pages += 1 + -(-max(0, size - grain) // page_size)
             return min(page_count, pages + first_page)
 
         steps = [pages_of(read) for read in self.reads]
@@ -141,7 +153,7 @@ class Part:
             return most * page_size if most < page_count else nbytes, most
 
         charges = [
-            (*charge(index), sum(sizes[each] for each in read))
+            (*charge(index), sum(sizes[each] for each in read.tensors) // read.parts)
             for index, read in enumerate(self.reads)
         ]
         largest = max(range(len(steps)), key=charges.__getitem__, default=None)
@@ -160,8 +172,7 @@ def part_of(weights: Weights, dtype: torch.dtype | None, *, name: str = "") -> P
         )
         for source in weights.sources.values()
     )
-    reads = find_reads([each.slot.names for each in placements], [p.shape for p in placements])
-    return Part(name, placements, False, tuple(reads))
+    return Part(name, placements, False, tuple(_reads_of(placements)))
 
 
 def part_of_module(
@@ -179,8 +190,12 @@ def part_of_module(
     pairs = match(skeleton, slots, weights, strict=True)
     placed, _ = lay_out(slots, pairs, dtype, page_size=1)  # small ones are not first then
     placements = tuple(replace(placement, offset=0) for placement in placed)
-    reads = find_reads([each.slot.names for each in placements], [p.shape for p in placements])
-    return Part("", placements, True, tuple(reads))
+    return Part("", placements, True, tuple(_reads_of(placements)))
+
+
+def _reads_of(placements: Sequence[Placement], *, indexed: bool = False) -> list[Read]:
+    names = [placement.slot.names for placement in placements]
+    return find_reads(names, [placement.shape for placement in placements], indexed=indexed)
 
 
 def is_pipeline(weights: object) -> bool:

@@ -4,35 +4,61 @@ An operation reads one matrix of a module, and may read all of the module's vect
 bias, a scale). Some operations of torch read more, and are known by the names that their modules
 give: recurrent layers, attention and encoder layers in their fast path. Experts that lie in one
 stack, or are stored one by one and merged into one by whoever loads them, may be given whole to
-one operation. Where a program reads several matrices at once in some other way, nobody can know
-from names.
+one operation, or one by one. Where a program reads several matrices at once in some other way,
+nobody can know from names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-__all__ = ["Names", "expert_of", "find_reads"]
+__all__ = ["Names", "Read", "find_reads", "has_experts"]
 
 Names = Sequence[str]
 """Every name of one tensor; several if it is tied."""
 
+
+@dataclass(frozen=True)
+class Read:
+    """What one operation reads.
+
+    Parameters
+    ----------
+    tensors
+        By their indices.
+    part, parts
+        Of each of them, it reads this one of so many parts of the same size.
+    """
+
+    tensors: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
+
+    def extent(self, offset: int, nbytes: int) -> tuple[int, int]:
+        """Return the first byte that is read of a tensor, and how many are."""
+        size = nbytes // self.parts
+        return offset + self.part * size, size
+
+
 _RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d+(_reverse)?$")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)$")
+_STACK = re.compile(r"\bexperts\.[^.]*$")
 _MERGED = {"gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up"}
 _ATTENTION = "in_proj_weight"
 _ENCODER = (f"self_attn.{_ATTENTION}", "linear1.weight", "linear2.weight")
 _OF_ENCODER = ("self_attn.", "linear1.", "linear2.", "norm1.", "norm2.")
 
 
-def expert_of(name: str) -> tuple[str, str, str] | None:
-    """Split the name of a tensor of one expert: that of all experts, the expert's, the rest's."""
-    match = _EXPERT.fullmatch(name)
-    return (match[1], match[2], match[3]) if match else None
+def has_experts(name: str) -> bool:
+    """Whether a tensor is one expert's, or a stack of experts."""
+    return _EXPERT.fullmatch(name) is not None or _STACK.search(name) is not None
 
 
-def find_reads(tensors: Sequence[Names], shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def find_reads(
+    tensors: Sequence[Names], shapes: Sequence[Sequence[int]], *, indexed: bool = False
+) -> list[Read]:
     """List what the operations of a pass read, in the order of the tensors.
 
     Parameters
@@ -41,18 +67,20 @@ def find_reads(tensors: Sequence[Names], shapes: Sequence[Sequence[int]]) -> lis
         The names of each.
     shapes
         Of each.
+    indexed
+        Whether experts are read one by one, and not a whole stack of them at once.
 
     Returns
     -------
     list
-        For each operation, the indices of the tensors that it reads at most.
+        For each operation, what it reads at most.
     """
     owners: dict[str, dict[int, str]] = {}
     for index, names in enumerate(tensors):
         for name in names:
-            owner, last = _owner_of(name)
+            owner, last = _owner_of(name, indexed)
             owners.setdefault(owner, {})[index] = last
-    reads: list[tuple[int, ...]] = []
+    reads: list[Read] = []
     done: set[str] = set()
     by_name = {name: index for index, names in enumerate(tensors) for name in names}
     for owner, held in owners.items():
@@ -64,30 +92,38 @@ def find_reads(tensors: Sequence[Names], shapes: Sequence[Sequence[int]]) -> lis
             parts = tuple(prefix + part for part in _OF_ENCODER)
             together = {i for name, i in by_name.items() if name.startswith(parts)}
             done.update(other for other in owners if f"{other}.".startswith(parts))
-            reads.append(tuple(sorted(together)))
+            reads.append(Read(tuple(sorted(together))))
         elif _ATTENTION in held.values():
             output = f"{owner}.out_proj" if owner else "out_proj"
             done.add(output)
-            reads.append(tuple(sorted({*held, *owners.get(output, {})})))
+            reads.append(Read(tuple(sorted({*held, *owners.get(output, {})}))))
         else:
-            reads += _reads_of_module(held, shapes)
+            found = _reads_of_module(held, shapes)
+            stacks = indexed and _STACK.search(f"{owner}.") is not None
+            reads += _one_by_one(found, shapes) if stacks else found
     return reads
 
 
-def _owner_of(name: str) -> tuple[str, str]:
+def _one_by_one(reads: Sequence[Read], shapes: Sequence[Sequence[int]]) -> Iterator[Read]:
+    """Divide what is read of stacks by their first dimension, which counts the experts."""
+    for read in reads:
+        counts = {shapes[index][0] for index in read.tensors if len(shapes[index]) > 1}
+        count = counts.pop() if len(counts) == 1 else 1
+        yield from (Read(read.tensors, part, count) for part in range(max(1, count)))
+
+
+def _owner_of(name: str, indexed: bool) -> tuple[str, str]:
     """Return the module that a tensor belongs to, and its name there."""
-    expert = expert_of(name)
+    expert = _EXPERT.fullmatch(name)
     if expert is None:
         owner, _, last = name.rpartition(".")
         return owner, last
-    experts, _, rest = expert
-    projection, _, last = rest.rpartition(".")
-    return f"{experts}.{_MERGED.get(projection, projection)}", f"merged {last}"
+    projection, _, last = expert[3].rpartition(".")
+    of = f"{expert[1]}.{expert[2]}" if indexed else expert[1]
+    return f"{of}.{_MERGED.get(projection, projection)}", f"merged {last}"
 
 
-def _reads_of_module(
-    held: dict[int, str], shapes: Sequence[Sequence[int]]
-) -> list[tuple[int, ...]]:
+def _reads_of_module(held: dict[int, str], shapes: Sequence[Sequence[int]]) -> list[Read]:
     matrices = [index for index in held if len(shapes[index]) > 1]
     vectors = [index for index in held if len(shapes[index]) <= 1]
     together = [i for i in matrices if _RECURRENT.match(held[i]) or held[i].startswith("merged ")]
@@ -95,4 +131,4 @@ def _reads_of_module(
     reads = [(index, *vectors) for index in alone]
     if together or not alone:
         reads.append((*together, *vectors))
-    return [tuple(sorted(read)) for read in reads if read]
+    return [Read(tuple(sorted(read))) for read in reads if read]

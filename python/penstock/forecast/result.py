@@ -89,6 +89,8 @@ class Estimate:
         Bytes: the least cap from which on every one works.
     least_cap_by
         The operation that needs it.
+    least_cap_indexed
+        The same where the program reads experts one by one; None where there are none.
     at
         What is so under the cap that was asked for, or else under the least one.
     problem
@@ -102,6 +104,9 @@ class Estimate:
         The same over some caps, ascending.
     tokens
         That one pass takes.
+    training, beside
+        What is trained; and the bytes of ordinary device memory that its gradients and the states
+        of AdamW take, beside the cap.
     link, disk, compute, memory
         The rates that it was made by, per second: see `Rates`.
     settings
@@ -113,6 +118,7 @@ class Estimate:
     nbytes: int
     least_cap: int
     least_cap_by: str
+    least_cap_indexed: int | None
     at: AtCap
     problem: str
     host: int
@@ -121,6 +127,8 @@ class Estimate:
     load_seconds: float | None
     caps: tuple[AtCap, ...]
     tokens: int
+    training: str | None
+    beside: int
     device: str
     pager: str
     link: float

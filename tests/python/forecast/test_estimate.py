@@ -214,7 +214,7 @@ def test_bytes_that_stream_are_those_of_the_real_plan(share: float, page_size: i
     size = target.page_size(cap)
     laid = open_parts(weights, builder, None)[0].laid(size)
     resident, streamed, ring, _ = plan_pass(
-        laid, target, manager.pager.link_rate, cap, cap // size, times
+        laid, laid.steps, target, manager.pager.link_rate, cap, cap // size, times
     )
     assert streamed == figures.planned_bytes
     assert ring == figures.ring_bytes

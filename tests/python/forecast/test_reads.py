@@ -11,13 +11,14 @@ from penstock.forecast.reads import find_reads
 def reads_of(*names: str | tuple[str, ...], vectors: tuple[str, ...] = ()) -> list[list[str]]:
     tensors = [name if isinstance(name, tuple) else (name,) for name in (*names, *vectors)]
     shapes = [(2, 2)] * len(names) + [(2,)] * len(vectors)
-    return [[tensors[index][0] for index in read] for read in find_reads(tensors, shapes)]
+    return [[tensors[index][0] for index in read.tensors] for read in find_reads(tensors, shapes)]
 
 
 def reads_of_module(module: nn.Module) -> list[set[str]]:
     names = [name for name, _ in module.named_parameters()]
     shapes = [parameter.shape for parameter in module.parameters()]
-    return [{names[i] for i in read} for read in find_reads([(name,) for name in names], shapes)]
+    found = find_reads([(name,) for name in names], shapes)
+    return [{names[index] for index in read.tensors} for read in found]
 
 
 def test_a_matrix_is_read_with_the_vectors_of_its_module() -> None:
