@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> 
     add("--link", type=_rate("B/s"), help='to the device, such as "25GB/s"; default: measured')
     add("--disk", type=_rate("B/s"), help="default: measured")
     add("--compute", type=_rate("FLOPS"), help='such as "400TFLOPS"; default: measured')
+    add("--memory", type=_rate("B/s"), help="of the device's own memory; default: measured")
     add("--plot", type=_picture, metavar="FILE", help="write a chart: .svg, or .png")
 
 
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             link=options.link,
             disk=options.disk,
             compute=options.compute,
+            memory=options.memory,
         )
     except ValueError as error:  # a value that is none on this device
         options.refuse(str(error))

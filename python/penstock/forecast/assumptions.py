@@ -111,10 +111,13 @@ def notes_on(
         notes.append(_EXPERTS)
     if any(p.dtype.itemsize == 1 and p.dtype != torch.bool for p in placements):
         notes.append(_QUANTIZED)
-    if not rates.knows_compute:
+    if target.core is None:
+        notes.append("host memory and disk are those of this machine; host_budget says otherwise")
+    if not rates.compute:
+        notes.append(f"products on {target.device} take no time: compute (400TFLOPS) says how long")
+    if not rates.memory:
         notes.append(
-            f"the speed of {target.device} is not known: times are those of the copies alone; "
-            "give it (--compute 400TFLOPS)"
+            f"{target.device} reads its own memory in no time: memory (3TB/s) says how fast"
         )
     elif not target.is_gpu:
         notes.append("on the CPU, times are rough: the operating system pages")

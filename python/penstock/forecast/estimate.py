@@ -50,6 +50,7 @@ def estimate(
     link: float | str | None = None,
     disk: float | str | None = None,
     compute: float | str | None = None,
+    memory: float | str | None = None,
 ) -> Estimate:
     """Say what a model will need and how fast it will be, without reading its weights.
 
@@ -74,9 +75,10 @@ def estimate(
         weights, as with adapters; `"all"` where AdamW updates all of them.
     dtype, device, pager, host, host_budget, page_size
         As `register` and `MemoryManager` have them. With a `link`, a GPU need not be here.
-    link, disk, compute
-        Rates, such as `"25GB/s"` or `"400TFLOPS"`; measured here if omitted. The speed of a GPU is
-        measured only where the process uses CUDA already.
+    link, disk, compute, memory
+        Rates of the link, the disk, and of the device's products and its own memory, such as
+        `"25GB/s"` or `"400TFLOPS"`; measured here if omitted. The speed of a GPU is measured only
+        where the process uses CUDA already.
 
     Returns
     -------
@@ -108,7 +110,13 @@ def estimate(
     parts = open_parts(weights, module, dtype)
     tiers = _tiers_of(parts, target, host, budget)
     rates = find_rates(
-        target, _files(parts), _main_dtype(parts), link=link, disk=disk, compute=compute
+        target,
+        _files(parts),
+        _main_dtype(parts),
+        link=link,
+        disk=disk,
+        compute=compute,
+        memory=memory,
     )
     least = find_least_cap(parts, target, tiers)
     forecast = _Forecast(parts, target, tiers, rates, Workload(tokens * batch, training))
@@ -122,7 +130,9 @@ def estimate(
         least_cap_by=least.needed_by,
         at=at,
         least_cap_indexed=_least_cap_indexed(parts, target, tiers),
-        problem=_problem(forecast, at, least, waiting, writes=training == "all"),
+        problem=_problem(
+            forecast, at, least, waiting, writes=training == "all", here=target.core is not None
+        ),
         host=sum(each.host for each in waiting),
         pinned=sum(each.pinned for each in waiting),
         spill=sum(each.spill for each in waiting),
@@ -286,8 +296,17 @@ def _problem(
     waiting: Sequence[Waiting],
     *,
     writes: bool,
+    here: bool,
 ) -> str:
-    """Say why it does not run; empty where it does."""
+    """Say why it does not run; empty where it does.
+
+    Parameters
+    ----------
+    writes
+        Whether weights are written to.
+    here
+        Whether it is this machine that it is to run on.
+    """
     if not at.fits:
         need = forecast.need(at.cap)
         return (
@@ -296,7 +315,8 @@ def _problem(
             + f": raise the cap to {format_bytes(least.nbytes)} ({least.nbytes} bytes)"
         )
     pinned, free = sum(each.host for each in waiting), available_host_bytes()
-    if any(each.tier == "pinned" for each in waiting) and pinned > free:
+    is_tight = pinned > free and here
+    if is_tight and any(each.tier == "pinned" for each in waiting):
         return (
             f'host="pinned" takes {format_bytes(pinned)} of host memory, and {format_bytes(free)} '
             'are free: use host="auto", or "stream"'

@@ -36,15 +36,12 @@ class Rates:
         device's own memory; None where it is not known.
     compute
         Floating-point operations per second of large matrix products; None if not known.
-    given
-        Which of them the user has said.
     """
 
     link: float
     disk: float | None
     compute: float | None
     memory: float | None
-    given: frozenset[str]
 
     @property
     def knows_compute(self) -> bool:
@@ -60,6 +57,7 @@ def find_rates(
     link: float | str | None,
     disk: float | str | None,
     compute: float | str | None,
+    memory: float | str | None,
 ) -> Rates:
     """Measure what is not given. On a GPU, its speed only where the process uses CUDA already.
 
@@ -71,7 +69,7 @@ def find_rates(
         Of the checkpoint, to read some of them past the page cache.
     dtype
         Of the matrices.
-    link, disk
+    link, disk, memory
         Bytes per second, or a text such as `"25GB/s"`.
     compute
         Floating-point operations per second, or a text such as `"400TFLOPS"`.
@@ -83,8 +81,6 @@ def find_rates(
     DeviceError
         If the device refuses to be measured.
     """
-    told = {"link": link, "disk": disk, "compute": compute}
-    given = frozenset(name for name, value in told.items() if value is not None)
     link_rate = parse_rate(link, "B/s") if link is not None else None
     disk_rate = parse_rate(disk, "B/s") if disk is not None else None
     flops = parse_rate(compute, "FLOPS") if compute is not None else None
@@ -93,13 +89,13 @@ def find_rates(
         link_rate = LinkRate(target.core, _core.Budget(1)).begin().result()
     if disk_rate is None:
         disk_rate = measure_read_rate(files)
-    memory: float | None = None
+    reads = parse_rate(memory, "B/s") if memory is not None else None
     here = target.core is not None and (not target.is_gpu or uses_cuda())
     if here:
         device = torch.device(target.device)
-        memory = _memory_rate(device)
+        reads = reads or _memory_rate(device)
         flops = flops or _compute_rate(device, dtype)
-    return Rates(link_rate, disk_rate, flops, memory, given)
+    return Rates(link_rate, disk_rate, flops, reads)
 
 
 def _compute_rate(device: torch.device, dtype: torch.dtype) -> float:

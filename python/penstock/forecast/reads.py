@@ -1,11 +1,11 @@
 """Which tensors one operation reads, judged by their names.
 
-An operation reads one matrix of a module, and may read all of the module's vectors with it (a
-bias, a scale). Some operations of torch read more, and are known by the names that their modules
-give: recurrent layers, attention and encoder layers in their fast path. Experts that lie in one
-stack, or are stored one by one and merged into one by whoever loads them, may be given whole to
-one operation, or one by one. Where a program reads several matrices at once in some other way,
-nobody can know from names.
+An operation reads one matrix of a module, and may read all of the module's vectors with it, and
+what quantized matrices are scaled by. Some operations of torch read more, and are known by the
+names that their modules give: recurrent layers, attention and encoder layers in their fast path.
+Experts that lie in one stack, or are stored one by one and merged into one by whoever loads them,
+may be given whole to one operation, or one by one. Where a program reads several matrices at once
+in some other way, nobody can know from names.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Read:
 
 _RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d+(_reverse)?$")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)$")
+_SCALE = re.compile(r"(^|_)(scales?|scale_inv|scale_2|qzeros|zeros?_points?|absmax)$")
 _STACK = re.compile(r"\bexperts\.[^.]*$")
 _MERGED = {"gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up"}
 _ATTENTION = "in_proj_weight"
@@ -124,8 +125,8 @@ def _owner_of(name: str, indexed: bool) -> tuple[str, str]:
 
 
 def _reads_of_module(held: dict[int, str], shapes: Sequence[Sequence[int]]) -> list[Read]:
-    matrices = [index for index in held if len(shapes[index]) > 1]
-    vectors = [index for index in held if len(shapes[index]) <= 1]
+    vectors = [i for i, name in held.items() if len(shapes[i]) <= 1 or _SCALE.search(name)]
+    matrices = [index for index in held if index not in vectors]
     together = [i for i in matrices if _RECURRENT.match(held[i]) or held[i].startswith("merged ")]
     alone = [index for index in matrices if index not in together]
     reads = [(index, *vectors) for index in alone]

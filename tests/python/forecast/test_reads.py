@@ -62,3 +62,23 @@ def test_experts_are_read_together_as_their_stack_would_be() -> None:
         {name for name in names if "down" not in name},
         {name for name in names if "down" in name},
     ]
+
+
+def test_experts_that_are_indexed_are_read_one_by_one() -> None:
+    names = [("experts.gate_up_proj",), ("experts.gate_up_proj_bias",), ("gate.weight",)]
+    found = find_reads(names, [(4, 2, 2), (4, 2), (4, 2)], indexed=True)
+    assert [(read.tensors, read.part, read.parts) for read in found] == [
+        *(((0,), part, 4) for part in range(4)),
+        *(((1,), part, 4) for part in range(4)),
+        ((2,), 0, 1),
+    ]
+    assert found[2].extent(1000, 64) == (1032, 16)
+    projections = ("w1", "w3", "w2")
+    alone = [(f"experts.{each}.{name}.weight",) for each in range(2) for name in projections]
+    found = find_reads(alone, [(2, 2)] * 6, indexed=True)
+    assert [read.tensors for read in found] == [(0, 1), (2,), (3, 4), (5,)]
+
+
+def test_scales_are_read_with_the_weights_that_they_belong_to() -> None:
+    found = reads_of("a.weight", "a.weight_scale_inv", "b.qweight", "b.qzeros", "b.scales")
+    assert found == [["a.weight", "a.weight_scale_inv"], ["b.qweight", "b.qzeros", "b.scales"]]
