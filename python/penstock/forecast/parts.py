@@ -221,12 +221,31 @@ def open_parts(
     ------
     CheckpointError
         If there is nothing that can be read, or it does not fit the module.
+    ValueError
+        If a module is given for a pipeline.
     """
     if is_pipeline(weights):
         assert isinstance(weights, (str, os.PathLike))
+        if module is not None:
+            raise ValueError(f"{weights} is a pipeline, which has several modules: leave it out")
         return list(_parts_of_pipeline(Path(weights), dtype))
     opened = open_weights(weights)
-    return [part_of(opened, dtype) if module is None else part_of_module(module, opened, dtype)]
+    if module is not None:
+        return [part_of_module(module, opened, dtype)]
+    return [replace(part_of(opened, dtype), notes=_note_on_dtype(weights, opened, dtype))]
+
+
+def _note_on_dtype(weights: object, opened: Weights, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Say where the front end of transformers would make something else of the weights."""
+    says = None
+    if dtype is None and isinstance(weights, (str, os.PathLike)):
+        says = _configured_dtype(Path(weights))
+    if says is None or all(converted(s.dtype, says) == s.dtype for s in opened.sources.values()):
+        return ()
+    return (
+        f"the weights are taken as they are stored; config.json says {says}, which "
+        "integrations.transformers makes of them: dtype says so here",
+    )
 
 
 def _parts_of_pipeline(path: Path, dtype: torch.dtype | None) -> Iterator[Part]:

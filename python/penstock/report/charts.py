@@ -93,14 +93,15 @@ def _svg(points: Sequence[ChartPoint], title: str) -> str:
         text(_WIDTH / 2, _HEIGHT - 14, "cap; bars: bytes that stay", middle),
         text(_MARGIN, _MARGIN - 12, f"seconds a pass, up to {longest:.3g}"),
     ]
-    for point in points:
+    for row, point in enumerate(points):
         top = y(min(1.0, point.resident / most))
         shapes.append(
             f'<rect x="{x(point.cap) - 9:.1f}" y="{top:.1f}" width="18" '
             f'height="{bottom - top:.1f}" fill="#c8d8e8"/>'
         )
         label = f'{middle} font-size="10"'
-        shapes.append(text(x(point.cap), bottom + 16, format_bytes(point.cap), label))
+        down = bottom + 16 + 12 * (row % 2)  # neighbours may be close
+        shapes.append(text(x(point.cap), down, format_bytes(point.cap), label))
     line = [(x(point.cap), y((point.seconds or 0.0) / longest)) for point in known]
     path = " ".join(f"{at:.1f},{down:.1f}" for at, down in line)
     shapes.append(f'<polyline points="{path}" fill="none" stroke="#a03020" stroke-width="2"/>')

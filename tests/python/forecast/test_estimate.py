@@ -138,7 +138,7 @@ models = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     model=models,
     pager=st.sampled_from(PAGERS),
@@ -501,6 +501,39 @@ def test_a_pipeline_is_its_parts_one_after_the_other(pipeline: Path) -> None:
     together = penstock.estimate(pipeline, cap="64MiB", **how)
     assert together.streamed == 0
     assert together.resident >= together.nbytes
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_a_pipeline_runs_under_its_least_cap(pipeline: Path, pager: str) -> None:
+    how: dict[str, Any] = {"pager": pager, "page_size": "64KiB"}
+    found = penstock.estimate(pipeline, **how, **HERE)
+    manager = penstock.MemoryManager(cap=found.least_cap, device="cpu", progress=False, **how)
+    manager.register("text_encoder", lambda: mlp(64, 64, 64), pipeline / "text_encoder")
+    unet = pipeline / "unet"
+    manager.register("unet", lambda: mlp(256, 256, 256), unet, dtype=torch.float32)
+    manager.acquire_on_call("text_encoder", "unet")
+    with torch.no_grad():
+        for _ in range(3):
+            manager.module("text_encoder")(torch.ones(2, 64, dtype=torch.float16))
+            manager.module("unet")(torch.ones(2, 256))
+    stats = manager.stats()
+    assert stats.peak <= found.least_cap
+    assert sum(model.nbytes for model in stats.models.values()) >= found.nbytes
+
+
+def test_a_pipeline_has_no_module_of_its_own(pipeline: Path) -> None:
+    with pytest.raises(ValueError, match="leave it out"):
+        penstock.estimate(pipeline, lambda: mlp(2, 2), **HERE)
+
+
+def test_a_dtype_that_the_configuration_gives_is_said(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(4, 4, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    for says, noted in (("bfloat16", False), ("float32", True)):
+        (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": says}))
+        found = penstock.estimate(tmp_path, **HERE)
+        assert any("config.json" in note for note in found.notes) is noted
+        assert found.nbytes == 32
+    assert penstock.estimate(tmp_path, dtype=torch.float32, **HERE).nbytes == 64
 
 
 def test_a_pipeline_without_weights_is_refused(tmp_path: Path) -> None:
