@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.sizes import format_bytes, parse_bytes, parse_cap
+from penstock.sizes import format_bytes, parse_bytes, parse_cap, parse_rate
 
 UNITS = {
     "": 1,
@@ -106,3 +106,33 @@ def test_caps_may_be_parts_of_the_memory(cap: int | str, nbytes: int) -> None:
 def test_what_is_no_part_is_refused(cap: int | str) -> None:
     with pytest.raises((ValueError, TypeError)):
         parse_cap(cap, 1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "wanted"),
+    [
+        ("25GB/s", "B/s", 25e9),
+        (" 1.5 GiB/s ", "B/s", 1.5 * 2**30),
+        ("400TFLOPS", "FLOPS", 400e12),
+        ("1 pflops/s", "FLOPS", 1e15),
+        ("25g", "B/s", 25e9),
+        ("4096", "B/s", 4096),
+        (3e9, "B/s", 3e9),
+    ],
+)
+def test_rates(text: float | str, unit: str, wanted: float) -> None:
+    assert parse_rate(text, unit) == wanted
+
+
+@pytest.mark.parametrize("unit", ["B/s", "FLOPS"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "fast", "0", "-1GB/s", "1e9", "GB/s", "25GB", "25XB/s", float("nan"), float("inf"), 0],
+)
+def test_what_is_no_rate(text: float | str, unit: str) -> None:
+    with pytest.raises(ValueError, match="rate"):
+        parse_rate(text, unit)
+    with pytest.raises(ValueError, match="rate"):
+        parse_rate("25GB/s" if unit == "FLOPS" else "25TFLOPS", unit)
+    with pytest.raises(TypeError, match="a number or a str"):
+        parse_rate(True, unit)
