@@ -423,6 +423,8 @@ def test_a_gpu_that_is_not_here_takes_the_rate_of_its_link() -> None:
     assert found.least_cap % (2 * MIB) == 0
     assert found.least_cap >= 2 * 1024 * 2048 * 2 + 2 * MIB
     assert found.seconds is not None
+    assert all(row.fits for row in found.caps)
+    assert found.caps[-1].streamed == 0  # page tables are charged there as well
     with pytest.raises(ValueError, match="60%"):
         gpu(cap="60%")
 
