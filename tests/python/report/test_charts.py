@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from penstock.checkpoint import TensorEntry
 from penstock.errors import PenstockError
 from penstock.report.alike import group_alike
 from penstock.report.charts import ChartPoint, bars, write_chart
@@ -60,11 +61,15 @@ def test_a_chart_is_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def entry(name: str, *shape: int, dtype: str = "F32") -> TensorEntry:
-    nbytes = 4
-    for size in shape:
-        nbytes *= size
-    return TensorEntry(name, dtype, shape, Path("x"), 0, nbytes)
+class Tensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def entry(name: str, *shape: int, dtype: str = "F32") -> Tensor:
+    return Tensor(name, dtype, shape, 4 * math.prod(shape))
 
 
 def test_tensors_that_differ_in_a_number_are_one_row() -> None:
