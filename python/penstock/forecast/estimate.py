@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from penstock import _core
+from penstock.arguments import checked
 from penstock.checkpoint import TensorEntry
 from penstock.forecast.assumptions import notes_on, settings_of
 from penstock.forecast.host import Waiting, find_tiers
@@ -32,6 +33,7 @@ _BESIDE = 3  # times the weights: gradients, and the two states of AdamW
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of all weights, for the table
 
 
+@checked
 def estimate(
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | Weights,
     module: nn.Module | Callable[[], nn.Module] | None = None,
@@ -309,6 +311,11 @@ def _problem(
     """
     if not at.fits:
         need = forecast.need(at.cap)
+        if need.needed + need.tables <= at.cap:
+            return (
+                f"no page of {format_bytes(at.page_size)} fits under it: make pages smaller, or "
+                f"raise the cap to {format_bytes(least.nbytes)}"
+            )
         return (
             f"{need.needed_by} needs {format_bytes(need.needed)} at once, in whole pages"
             + (f", beside {format_bytes(need.tables)} of page tables" if need.tables else "")

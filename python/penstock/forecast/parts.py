@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from penstock.checkpoint.json_file import read_json_object
-from penstock.checkpoint.torch_files import TORCH_SUFFIXES
+from penstock.checkpoint.kinds import TORCH_SUFFIXES
 from penstock.errors import CheckpointError
 from penstock.forecast.reads import Read, find_reads, has_experts
 from penstock.loading.layout import (

@@ -8,7 +8,7 @@ down, each for the caps that it is taken for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.forecast.host import Waiting
 from penstock.forecast.parts import Part
@@ -80,7 +80,8 @@ def _need(parts: Sequence[Part], target: Target, page_size: int, tiers: Tiers) -
 
 def need_under(cap: int, parts: Sequence[Part], target: Target, tiers: Tiers) -> LeastCap:
     """Return what is needed with the pages that a cap has; it works if that is no more."""
-    return _need(parts, target, target.page_size(cap), tiers)
+    need = _need(parts, target, target.page_size(cap), tiers)
+    return replace(need, nbytes=max(need.nbytes, target.page_sizes[0][0]))
 
 
 def charged_tables(target: Target, tiers: Sequence[Waiting]) -> int:

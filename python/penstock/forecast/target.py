@@ -49,8 +49,9 @@ class Target:
         return self.device.startswith("cuda")
 
     def page_size(self, cap: int) -> int:
-        """Return the size of pages under a cap."""
-        return max(size for least_cap, size in self.page_sizes if least_cap <= cap)
+        """Return the size of pages under a cap; the smallest one where that is no cap for any."""
+        fitting = (size for least_cap, size in self.page_sizes if least_cap <= cap)
+        return max(fitting, default=self.page_sizes[0][1])
 
     def page_tables(self, host_bytes: int) -> int:
         """Return what is charged on the device for addressing host memory."""
@@ -122,7 +123,7 @@ def find_target(
                 f"page_size {size} cannot be: it is a power of two, and at least {least} bytes "
                 f"with {kind} on {name}"
             )
-        sizes = [(1, size)]
+        sizes = [(size, size)]  # a cap below a page is refused
     else:
         sizes = frame_sizes(granularity) if kind == "frames" else [(1, PAGE_SIZE)]
     return Target(name, kind, total, core, tuple(sizes))

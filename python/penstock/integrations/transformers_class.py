@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.checkpoint.kinds import QUANTIZED
 from penstock.checkpoint.json_file import read_json_object
+from penstock.checkpoint.kinds import QUANTIZED
 from penstock.errors import CheckpointError
 
 if TYPE_CHECKING:

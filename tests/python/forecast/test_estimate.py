@@ -108,6 +108,8 @@ def refuses(builder: Callable[[], nn.Module], weights: Any, x: torch.Tensor, **h
         run(builder, weights, x, **how)
     except CapExceededError:
         return True
+    except ValueError as error:  # a cap below a page
+        return str(error).startswith("page_size is")
     return False
 
 
@@ -561,6 +563,19 @@ def test_a_cap_that_is_too_small_says_the_numbers_and_the_least_one() -> None:
     assert found.as_dict()["fits"] is False
 
 
+def test_a_cap_below_a_page_is_refused_as_a_manager_refuses_it() -> None:
+    weights = {"a": torch.ones(3)}
+    for pager in PAGERS:
+        how: dict[str, Any] = {"pager": pager, "page_size": "128KiB"}
+        found = penstock.estimate(weights, cap="64KiB", **HERE, **how)
+        assert not found.fits
+        assert found.least_cap == 128 * KIB
+        assert "page" in found.problem
+        with pytest.raises(ValueError, match="page_size"):
+            penstock.MemoryManager(cap="64KiB", device="cpu", **how)
+        assert penstock.estimate(weights, cap="128KiB", **HERE, **how).fits
+
+
 def test_no_weights_at_all() -> None:
     found = penstock.estimate({}, **HERE)
     assert (found.nbytes, found.least_cap, found.streamed, found.host) == (0, 1, 0, 0)
@@ -571,7 +586,10 @@ def test_no_weights_at_all() -> None:
     ("options", "error", "said"),
     [
         ({"tokens": 0}, ValueError, "tokens"),
-        ({"batch": True}, ValueError, "batch"),
+        ({"batch": True}, TypeError, "batch"),
+        ({"batch": -1}, ValueError, "batch"),
+        ({"caps": 5}, TypeError, "caps"),
+        ({"token": 5}, TypeError, "tokens"),
         ({"training": "some"}, ValueError, "frozen"),
         ({"link": "fast"}, ValueError, "25GB/s"),
         ({"compute": -1}, ValueError, "400TFLOPS"),
