@@ -25,7 +25,8 @@ _TRAINING = {
     "frozen": "a pass is a forward and a backward pass, which update no paged weights",
     "all": (
         "a pass is a forward pass, a backward pass, and AdamW by lists, which goes through the "
-        "weights twice; written pages go back over the link beside what comes in"
+        "weights twice; written pages go back over the link beside what comes in. What "
+        "penstock.training.prepare has under the cap as well is not estimated"
     ),
 }
 _BY_NAMES = (
