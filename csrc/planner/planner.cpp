@@ -66,11 +66,11 @@ class Planner {
   }
 
   // The ring for little pages: beside the largest step, room for a copy of several steps' pages and
-  // for the one behind it, as far as that takes little from what stays.
+  // for the one behind it, as far as that takes little from what stays. It grows with the frames,
+  // one by one: more frames never stream more.
   std::size_t ring_for_copies(std::size_t step) const {
     const std::size_t pages = kLittleCopy / request_.page_size;  // of such a copy
-    const std::size_t room = std::min(2 * pages, spare() / kLittleShare);
-    return pages < 2 || room == 0 ? 1 : step + room;
+    return pages < 2 ? 1 : std::clamp<std::size_t>(spare() / kLittleShare, 1, step + 2 * pages);
   }
 
   // Frames beside those of pages that have to stay.
