@@ -79,8 +79,6 @@ def prepare(
     In `backward()`, a sparse gradient and one with a history (`create_graph=True`) are a
     `ModelError`; so is, in `step()`, a parameter that was not trained when this was called.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"an optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already: penstock.restore(model) first")
     find_slots(model)  # refuses what has no shape yet
