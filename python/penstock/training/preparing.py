@@ -12,12 +12,14 @@ from typing_extensions import Unpack
 
 from penstock.arguments import checked
 from penstock.errors import ModelError
+from penstock.loading.layout import Reserved
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import MODEL, manager_of, on_restore, restore, take_over
 from penstock.manager.settings import Options
 from penstock.training.gradients import PagedGradients
 from penstock.training.place import Place
+from penstock.training.room import require_room
 from penstock.training.states import PagedStates
 from penstock.training.survey import GRADIENT, gradients_of, require_supported, states_of
 
@@ -72,12 +74,14 @@ def prepare(
         optimizer is not torch's, is LBFGS or SparseAdam, is capturable or differentiable, or has
         parameters that are not the model's.
     CapExceededError
-        If an operation cannot run under the cap. Model and optimizer are as they were then.
+        If a weight, or what an operation of `step()` has in place at once, does not fit under the
+        cap. Model and optimizer are as they were then.
 
     Notes
     -----
     In `backward()`, a sparse gradient and one with a history (`create_graph=True`) are a
-    `ModelError`; so is, in `step()`, a parameter that was not trained when this was called.
+    `ModelError`; so is, in `step()`, a parameter that was not trained when this was called. A step
+    that ends by an error is half done, as one of plain torch is: go on from a saved state.
     """
     if manager_of(model) is not None:
         raise ModelError("the model is offloaded already: penstock.restore(model) first")
@@ -110,6 +114,10 @@ def _page(
         Whose gradient or state is each of what is reserved.
     """
     memory, beside = manager.room_beside(MODEL)
+    of: dict[nn.Parameter, list[Reserved]] = {}
+    for parameter, reserved in zip(owners, beside, strict=True):
+        of.setdefault(parameter, []).append(reserved)
+    require_room(memory, optimizer, names, of)
     gradients: dict[nn.Parameter, Place] = {}
     states: dict[nn.Parameter, dict[str, Place]] = {}
     for parameter, reserved in zip(owners, beside, strict=True):

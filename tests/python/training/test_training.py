@@ -23,6 +23,7 @@ from penstock.training.states import PagedStates
 from python.support import KIB, PAGERS, build, mlp, same_bits
 
 WIDTH = 128  # a weight of 64 KiB, the least that a page of frames has
+PAGE = 64 * KIB
 LAYERS = 16
 
 Make = Callable[[Any], Optimizer]
@@ -118,6 +119,7 @@ def prepared(
     *,
     pager: str = "frames",
     part: float = 1 / 3,
+    cap: int | None = None,
     before: Callable[[nn.Module, Optimizer], None] | None = None,
 ) -> Pair:
     """Make a pair.
@@ -125,7 +127,7 @@ def prepared(
     Parameters
     ----------
     part
-        The cap, as a part of weights, gradients and states.
+        The cap, as a part of weights, gradients and states, if it is not given.
     before
         Called for both before one is prepared.
     """
@@ -135,7 +137,7 @@ def prepared(
     for parameter in trial.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     tried.step()
-    cap = int(everything(trial, tried) * part)
+    cap = cap or int(everything(trial, tried) * part)
     model = copy.deepcopy(plain)
     pair = Pair(plain, make(plain), model, make(model))
     for each in pair.both:
@@ -202,6 +204,24 @@ def test_every_optimizer_has_the_bits_of_plain_torch(name: str, pager: str) -> N
     pair.check()
     for states in pair.optimizer.state.values():
         assert "step" not in states or not torch_dispatch.is_keyed(states["step"])
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_least_cap_that_a_refusal_names_is_enough(name: str, pager: str) -> None:
+    """It comes before anything changes: a step that fails midway is half done."""
+    pair, cap, refused = None, PAGE, 0
+    while pair is None:
+        try:
+            pair = prepared(
+                OPTIMIZERS[name], lambda: network(bias=name != "Muon"), pager=pager, cap=cap
+            )
+        except CapExceededError as error:
+            assert error.requested > cap
+            cap, refused = error.requested, refused + 1
+    assert refused > 0
+    assert same_bits(*(train(*each) for each in pair.both))
+    pair.check()
 
 
 def test_no_optimizer_is_forgotten() -> None:
