@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from bench.harness.report import say, write_json
-from penstock.bench.runner import Row, run_for_json
+from penstock.bench.runner import Row
 from penstock.bench.table import reason_of
+from penstock.json_process import run_for_json
 
 __all__ = ["CaseRuns", "add_options", "parse_options"]
 

@@ -1,11 +1,12 @@
 """Run PyTorch models that do not fit in the memory you allow, under a cap that is never crossed.
 
 This module has the public names. The folders beside it are rooms; each opens with prose. From the
-top: `cli`, `bench`, `integrations` use what is public; `training` has gradients and optimizers
-under the cap too; `manager` has models by name; `sharing` divides a cap among them; `run` runs one;
-`forecast` says beforehand how that will be; `loading` gets weights to it; `schedule` plans; `cap`
-caps the process; `memory` has the pages; `checkpoint` reads files, `dispatch` sees operations,
-`report` has figures. May import everything but the first three. Importing is thread-safe, as ever.
+top: `cli`, `bench`, `integrations` use what is public; `tuning` tries settings; `training` has
+gradients and optimizers under the cap too; `manager` has models by name; `sharing` divides a cap
+among them; `run` runs one; `forecast` says beforehand how that will be; `loading` gets weights to
+it; `schedule` plans; `cap` caps the process; `memory` has the pages; `checkpoint` reads files,
+`dispatch` sees operations, `report` has figures. May import everything but the first three.
+Importing is thread-safe, as ever.
 """
 
 from penstock import training
@@ -35,6 +36,8 @@ from penstock.policy import Candidate, FarthestUse, Policy, Priority
 from penstock.report.stats import ManagerStats, ModelStats
 from penstock.run.kernels import Kernel
 from penstock.sharing.residency import NothingToKeepWarning
+from penstock.tuning.tune import tune
+from penstock.tuning.tuned import Trial, Tuned
 
 __all__ = [
     "Candidate",
@@ -62,6 +65,8 @@ __all__ = [
     "Priority",
     "Region",
     "ScheduleError",
+    "Trial",
+    "Tuned",
     "__version__",
     "capped",
     "estimate",
@@ -74,4 +79,5 @@ __all__ = [
     "restore",
     "set_cap",
     "training",
+    "tune",
 ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from penstock.bench.subject import UnavailableError
+from penstock.json_process import answer
 
 __all__ = ["report"]
 
@@ -16,17 +14,13 @@ __all__ = ["report"]
 def report(work: Callable[[], dict[str, Any]]) -> int:
     """Print what a function returns as one line of JSON, or why it does not; return the exit code.
 
-    `penstock.bench.runner.run_for_json` reads that line.
+    `penstock.json_process.run_for_json` reads that line.
     """
-    code = 0
-    try:
-        found = work()
-    except UnavailableError as error:
-        found = {"unavailable": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {error}"}
-        code = 1
-    sys.stdout.write(json.dumps(found, default=str) + "\n")
-    sys.stdout.flush()
-    return code
+
+    def tried() -> dict[str, Any]:
+        try:
+            return work()
+        except UnavailableError as error:
+            return {"unavailable": str(error)}
+
+    return answer(tried)

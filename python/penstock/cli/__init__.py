@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock import _core
-from penstock.cli import bench, demo, doctor, inspect, plan
+from penstock.cli import bench, demo, doctor, inspect, plan, tune
 from penstock.cli.output import open_console
 from penstock.cli.settings_options import add_settings
 from penstock.errors import PenstockError
@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(added, _size, cap="64MiB")
     added.add_argument("--query", default=demo.QUERY, help="what to rank the sentences against")
     added.set_defaults(run=demo.run)
+
+    text = "Try the settings that are open, each in a process of its own, and say the fastest."
+    added = commands.add_parser("tune", help=text, description=text)
+    tune.add_options(added, _size)
+    added.set_defaults(run=tune.run, json=False, parser=added)
 
     text = "Time Penstock beside plain PyTorch and others' offloading, and judge what it promises."
     added = commands.add_parser("bench", help=text, description=text)

@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> 
     """Add the command's options; `size` reads sizes."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint, its directory, or that of a pipeline")
-    add_settings(parser, size)
+    add_settings(parser, size, no_cap="the least that works")
     add("--caps", type=_several(size), default=(), help="of the table, separated by commas")
     add("--tokens", type=_count, default=1, help="of each sequence in a pass; default: 1")
     add("--batch", type=_count, default=1, help="sequences in a pass; default: 1")

@@ -13,7 +13,11 @@ __all__ = ["add_settings", "cap_text", "settings_of"]
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, size: Callable[[str], int], *, cap: str | None = None
+    parser: argparse.ArgumentParser,
+    size: Callable[[str], int],
+    *,
+    cap: str | None = None,
+    no_cap: str = "",
 ) -> None:
     """Add options for what people choose on a command line.
 
@@ -21,11 +25,11 @@ def add_settings(
     ----------
     size
         Reads sizes.
-    cap
-        The default.
+    cap, no_cap
+        The default; where there is none, what holds instead.
     """
     add = parser.add_argument
-    default = cap or "the least that works"
+    default = cap or no_cap
     add("--cap", type=cap_text, default=cap, help=f'such as "8GiB" or "60%%"; default: {default}')
     add("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
     add("--pager", choices=("auto", "frames", "managed"), default="auto")

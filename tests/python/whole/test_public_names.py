@@ -34,6 +34,8 @@ TOP = {
     "Priority",
     "Region",
     "ScheduleError",
+    "Trial",
+    "Tuned",
     "__version__",
     "capped",
     "estimate",
@@ -46,6 +48,7 @@ TOP = {
     "restore",
     "set_cap",
     "training",
+    "tune",
 }
 ELSEWHERE = {
     "penstock.checkpoint": {"Checkpoint", "Header", "TensorEntry", "open_checkpoint"},
