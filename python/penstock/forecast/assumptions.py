@@ -12,6 +12,7 @@ from penstock.forecast.parts import Part
 from penstock.forecast.rates import Rates
 from penstock.forecast.result import AtCap, Setting
 from penstock.forecast.target import Target
+from penstock.loading.host_tiers import HOST_TIERS
 from penstock.sizes import format_bytes
 
 __all__ = ["notes_on", "settings_of"]
@@ -77,10 +78,8 @@ def settings_of(
     ]
     for part, wait in zip(parts, waiting, strict=True):
         name = f"host of {part.name}" if part.name else "host"
-        found.append(Setting(name, wait.tier, wait.why))
-    if at.ring:
-        why = "what streams comes through it, ahead of the operations"
-        found.append(Setting("ring", format_bytes(at.ring), why))
+        if wait.tier in HOST_TIERS:  # managed memory has a place of its own
+            found.append(Setting(name, wait.tier, wait.why))
     return tuple(found)
 
 
@@ -90,7 +89,8 @@ def _why_device(target: Target) -> str:
 
 def _why_pager(target: Target) -> str:
     if target.pager == "frames":
-        return "on a GPU, weights stream by a plan, at the rate of the link"
+        by_plan = "weights stream by a plan, at the rate of the link"
+        return f"on a GPU, {by_plan}" if target.is_gpu else f"with tiers of the host, {by_plan}"
     return "on the CPU, the operating system's paging does it"
 
 

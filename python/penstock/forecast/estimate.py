@@ -23,7 +23,7 @@ from penstock.forecast.rates import Rates, find_rates
 from penstock.forecast.result import AtCap, Estimate, PartEstimate
 from penstock.forecast.sizing import LeastCap, Tiers, charged_tables, find_least_cap, need_under
 from penstock.forecast.target import Target, find_target
-from penstock.loading.host_tiers import HOST_TIERS, available_host_bytes
+from penstock.loading.host_tiers import HOST_TIERS, available_host_bytes, pager_with
 from penstock.loading.weights import Weights
 from penstock.sizes import format_bytes, parse_bytes
 
@@ -106,7 +106,8 @@ def estimate(
     if host not in HOST_TIERS:
         raise ValueError(f"host tier {host!r} is not known; use one of {', '.join(HOST_TIERS)}")
     budget = None if host_budget is None else parse_bytes(host_budget)
-    target = find_target(device, pager, page_size, link_is_given=link is not None)
+    kind = pager_with(pager, host, host_budget)
+    target = find_target(device, kind, page_size, link_is_given=link is not None)
     asked = None if cap is None else target.cap_in_bytes(cap)
     wanted = [target.cap_in_bytes(each) for each in caps]
     parts = open_parts(weights, module, dtype)

@@ -20,6 +20,7 @@ __all__ = [
     "available_host_bytes",
     "choose_tier",
     "open_tier",
+    "pager_with",
     "require_budget",
     "ring_bytes",
 ]
@@ -32,6 +33,25 @@ _SPARE = 0.8  # of the memory that is free, for pinning without being told
 _RING = 2 << 30  # bytes of pinned buffers where no budget is given
 _LEAST_RING = 4  # pages: one is copied, one waits for that, two are read
 _MAP_LIMIT = timedelta(seconds=30)
+
+
+def pager_with(pager: str, host: str, host_budget: object) -> str:
+    """Return the kind of pager that goes with what is said of the host, which is for frames alone.
+
+    Raises
+    ------
+    ValueError
+        If it is managed memory, which has a place of its own.
+    """
+    if host == "auto" and host_budget is None:
+        return pager
+    if pager == "managed":
+        said = f"host={host!r}" if host != "auto" else "host_budget"
+        raise ValueError(
+            f"{said} is for frames: managed memory waits where the driver or the operating system "
+            'keeps it. Leave it out, or use pager="frames"'
+        )
+    return "frames" if pager == "auto" else pager
 
 
 def open_tier(

@@ -46,8 +46,8 @@ class MemoryManager(Registration):
         `"cuda"`, `"cuda:N"`, `"cpu"`, or `"auto"`: CUDA where there is any.
     pager
         `"frames"`: weights stream from host memory through frames of device memory, at the rate of
-        the link. `"managed"`: they lie in unified memory. `"auto"`: frames on a GPU, else managed.
-        See `Pager`.
+        the link. `"managed"`: they lie in unified memory. `"auto"`: frames on a GPU, and where
+        `host` or `host_budget` is given, else managed. See `Pager`.
     host
         Where weights wait, with frames: `"pinned"` in host memory of their own; `"mapped"` in the
         page cache, from where they are copied directly; `"stream"` on disk, behind a ring of

@@ -10,7 +10,7 @@ import torch
 
 from penstock import _core
 from penstock.cap import process
-from penstock.loading.host_tiers import HOST_TIERS
+from penstock.loading.host_tiers import HOST_TIERS, pager_with
 from penstock.memory.pager import Pager
 from penstock.policy import Policy
 from penstock.sizes import format_bytes, parse_bytes
@@ -65,12 +65,17 @@ class Settings:
         if self.host not in HOST_TIERS:
             known = ", ".join(HOST_TIERS)
             raise ValueError(f"host tier {self.host!r} is not known; use one of {known}")
-        _ = self.host_budget_bytes
+        _ = self.host_budget_bytes, self.pager_kind
 
     @property
     def host_budget_bytes(self) -> int | None:
         """Bytes of host memory that one model may take; None for what is free."""
         return None if self.host_budget is None else parse_bytes(self.host_budget)
+
+    @property
+    def pager_kind(self) -> str:
+        """The pager that is asked for; frames where something is said of the host."""
+        return pager_with(self.pager, self.host, self.host_budget)
 
     def open_pager(self) -> Pager:
         """Make a pager, or share that of the hard cap.
@@ -87,7 +92,7 @@ class Settings:
             if self.cap is None:
                 raise ValueError("give a cap, or set one for the process first: penstock.set_cap")
             return Pager(
-                cap=self.cap, device=self.device, kind=self.pager, page_size=self.page_size
+                cap=self.cap, device=self.device, kind=self.pager_kind, page_size=self.page_size
             )
         if self.cap is not None:
             raise ValueError(

@@ -101,3 +101,13 @@ def test_so_may_a_hard_cap() -> None:
     assert cap.pager.cap == device.info().total_bytes * 2 // 100
     cap.set_cap(64 * MIB)
     assert cap.fraction == pytest.approx(64 * MIB / device.info().total_bytes)
+
+
+@pytest.mark.parametrize("said", [{"host": "pinned"}, {"host": "stream"}, {"host_budget": "1GiB"}])
+def test_what_is_said_of_the_host_asks_for_frames(said: dict[str, str]) -> None:
+    assert MemoryManager(cap="16MiB", device="cpu").pager.kind == "managed"
+    assert MemoryManager(cap="16MiB", device="cpu", **said).pager.kind == "frames"
+    estimate = penstock.estimate(build(lambda: mlp(64, 64)).state_dict(), device="cpu", **said)
+    assert {each.name: each.value for each in estimate.settings}["pager"] == "frames"
+    with pytest.raises(ValueError, match=rf"{next(iter(said))}.* is for frames"):
+        MemoryManager(cap="16MiB", device="cpu", pager="managed", **said)

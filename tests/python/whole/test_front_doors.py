@@ -221,7 +221,8 @@ CUDA = {"set_cap", "capped", "memory_stats", "memory_summary", "on_pressure"}
 def to_train() -> dict[str, Any]:
     model = build(three)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return {"model": model, "optimizer": optimizer, "pin": ["0"], "stream": ["1"], **SETTINGS}
+    options = {"pin": ["0"], "stream": ["1"], **SETTINGS, "cap": "1MiB"}
+    return {"model": model, "optimizer": optimizer, **options}
 
 
 def right_arguments(name: str) -> dict[str, Any]:
