@@ -94,6 +94,7 @@ class House:
         known: dict[str, dict[str, Any]] = {
             "acquire_on_call": {"names": "m"},
             "adopt": {"name": "n", "module": self.loaded, **rules},
+            "hold": {"name": "m", "part": self.manager.module("m")[0]},  # type: ignore[index]
             "keep_resident": {"names": "m"},
             "register": register | rules,
             "register_kernel": {"modules": "0", "function": print, "model": "m"},
@@ -229,6 +230,17 @@ def right_arguments(name: str) -> dict[str, Any]:
     pager = a_pager()
     known: dict[str, dict[str, Any]] = {
         "FarthestUse": {},
+        "LayerStreamer": {
+            "weights": state_of(build(three)),
+            "pattern": "{}",
+            "manager": None,
+            "name": "n",
+            "static": None,
+            "dtype": None,
+            "pin": ["0"],
+            "stream": ["1"],
+            **SETTINGS,
+        },
         "LazyModule": {
             "manager": House("frames").manager,
             "name": "n",
