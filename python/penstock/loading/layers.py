@@ -70,7 +70,9 @@ class Layers(nn.Module):
         beside = [name for name in weights.sources if name not in inside]
         if static is not None:
             beside = _select(beside, static, weights.origin)
-        places = {name: _make_place(self, weights.sources[name]) for name in (*inside, *beside)}
+        places = {
+            name: _make_place(self, name, weights.sources[name]) for name in (*inside, *beside)
+        }
         _require_distinct(self, weights.origin)
         names = [pattern.replace("{}", str(index)) for index in range(len(layers))]
         vars(self).update(  # past torch, which would take them for tensors of the same names
@@ -187,9 +189,9 @@ def _descend(root: nn.Module, path: Sequence[str]) -> nn.Module:
     return root
 
 
-def _make_place(root: nn.Module, source: Source) -> tuple[_Held, str]:
+def _make_place(root: nn.Module, name: str, source: Source) -> tuple[_Held, str]:
     """Give a module of the tree the tensor of a name; return who holds it, and as what."""
-    *path, last = source.name.split(".")
+    *path, last = name.split(".")
     held = _descend(root, path)._buffers
     held[last] = torch.empty(source.shape, dtype=source.dtype, device="meta")
     return held, last

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -245,11 +247,11 @@ def test_parts_are_pinned_or_streamed_by_the_names_of_modules(pager: str) -> Non
         for _ in range(4):
             require_order(layers, plain(state), pinned=6 if pager == "managed" else 0)
         assert same_bits(layers.load_static("model.embed.weight"), state["model.embed.weight"])
-        before = figures(layers).loaded_bytes
+        before = figures(layers).misses
         for _ in range(3):
             for name in ("0.weight", "1.weight"):
                 layers.layer(2)[name].sum(), layers.layer(8)[name].sum()
-        assert figures(layers).loaded_bytes == before, "these stay"
+        assert figures(layers).misses == before, "these stay"
     with pytest.raises(CapExceededError, match="pinned"):
         streamer(state, cap=4, pager=pager, pin=pin)
 
@@ -479,3 +481,12 @@ def test_writes_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     ):
         layers.layer(0)["1.weight"].add_(1)
     assert penstock.LayerStreamer is LayerStreamer
+
+
+def test_leaving_it_is_closing_it() -> None:
+    layers = streamer(checkpoint())
+    manager, region = weakref.ref(layers.manager), weakref.ref(memory_of(layers))
+    require_order(layers, plain(checkpoint()))
+    del layers
+    gc.collect()
+    assert manager() is None and region() is None
