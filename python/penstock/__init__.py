@@ -27,6 +27,7 @@ from penstock.errors import (
 from penstock.forecast.estimate import estimate
 from penstock.forecast.result import Estimate
 from penstock.loading.binding import ParameterMovedWarning
+from penstock.manager.layer_streamer import LayerStreamer
 from penstock.manager.lazy_module import LazyModule
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import manager_of, offload, restore
@@ -50,6 +51,7 @@ __all__ = [
     "FarthestUse",
     "Holder",
     "Kernel",
+    "LayerStreamer",
     "LazyModule",
     "ManagerStats",
     "MemoryManager",

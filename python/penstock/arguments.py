@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from numbers import Integral, Real
+from re import Pattern
 from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -159,7 +160,10 @@ def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401
     if origin is Sequence:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             return False
-        return inner[0] not in (str, int) or all(_fits(each, inner[0]) for each in value)
+        simple = inner[0] in (str, int) or get_origin(inner[0]) in (Union, UnionType)
+        return not simple or all(_fits(each, inner[0]) for each in value)
+    if origin is Pattern:
+        return isinstance(value, Pattern) and isinstance(value.pattern, inner[0])
     if origin is not None and origin is get_origin(Callable[..., Any]):
         return callable(value)
     if getattr(hint, "_is_protocol", False) and origin is None:

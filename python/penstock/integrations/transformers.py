@@ -22,6 +22,7 @@ from penstock.checkpoint.kinds import QUANTIZED, find_quantized
 from penstock.errors import CheckpointError, PenstockError
 from penstock.integrations.transformers_class import find_class, find_config, refuse_quantized
 from penstock.loading.deferred import Deferred, defer, source_of
+from penstock.loading.module_patterns import NamePattern
 from penstock.loading.slots import find_slots
 from penstock.loading.weights import Weights, open_weights, require_floating
 from penstock.manager.manager import MemoryManager
@@ -49,8 +50,8 @@ def load(
     model_class: type | str | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
-    pin: Sequence[str] = (),
-    stream: Sequence[str] = (),
+    pin: Sequence[NamePattern] = (),
+    stream: Sequence[NamePattern] = (),
     **settings: Unpack[OptionsBesideCap],
 ) -> PreTrainedModel:
     """Load a model from its directory, ready to be called, under a cap of its own.
@@ -105,8 +106,8 @@ def register(
     model_class: type | str | None = None,
     trust_remote_code: bool = False,
     strict: bool = True,
-    pin: Sequence[str] = (),
-    stream: Sequence[str] = (),
+    pin: Sequence[NamePattern] = (),
+    stream: Sequence[NamePattern] = (),
 ) -> None:
     """Register a model of transformers by its directory; nothing is ever downloaded.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -13,25 +14,31 @@ from penstock.loading.layout import Placement
 from penstock.memory.page_rules import PageRules
 from penstock.sizes import format_bytes
 
-__all__ = ["find_page_rules", "select_modules"]
+__all__ = ["NamePattern", "find_page_rules", "matches", "select_modules"]
+
+NamePattern = str | re.Pattern[str]
+"""What names are chosen by: a text as `fnmatch` has it, or a regular expression for all of it."""
 
 
-def select_modules(module: nn.Module, which: str | type[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """List the modules of a model, each once, by a pattern of their names or by class.
+def matches(name: str, pattern: NamePattern) -> bool:
+    """Whether a pattern matches a name, as a whole; `*` of a text matches dots too."""
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    return pattern.fullmatch(name) is not None
 
-    Parameters
-    ----------
-    which
-        A pattern is as `fnmatch` has it; `*` matches dots too.
-    """
+
+def select_modules(
+    module: nn.Module, which: NamePattern | type[nn.Module]
+) -> list[tuple[str, nn.Module]]:
+    """List the modules of a model, each once, by a pattern of their names or by class."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        if fnmatchcase(name, which) if isinstance(which, str) else isinstance(part, which):
+        if isinstance(part, which) if isinstance(which, type) else matches(name, which):
             found.setdefault(id(part), (name, part))
     return list(found.values())
 
 
-def _find_modules(model: str, module: nn.Module, pattern: str) -> list[nn.Module]:
+def _find_modules(model: str, module: nn.Module, pattern: NamePattern) -> list[nn.Module]:
     found = select_modules(module, pattern)
     if not found:
         named = list(module.named_modules())
@@ -48,8 +55,8 @@ def find_page_rules(
     module: nn.Module,
     placements: Sequence[Placement],
     *,
-    pin: Sequence[str],
-    stream: Sequence[str],
+    pin: Sequence[NamePattern],
+    stream: Sequence[NamePattern],
     page_size: int,
     cap: int,
 ) -> PageRules:
@@ -97,7 +104,7 @@ def find_page_rules(
     return rules
 
 
-def _modules_in(model: str, module: nn.Module, patterns: Sequence[str]) -> set[int]:
+def _modules_in(model: str, module: nn.Module, patterns: Sequence[NamePattern]) -> set[int]:
     found = (each for pattern in patterns for each in _find_modules(model, module, pattern))
     return {id(part) for each in found for part in each.modules()}
 

@@ -15,7 +15,7 @@ from penstock import _core
 from penstock.arguments import checked
 from penstock.errors import CapExceededError, ModelError
 from penstock.loading.layout import Reserved
-from penstock.loading.module_patterns import select_modules
+from penstock.loading.module_patterns import NamePattern, select_modules
 from penstock.manager.registered_model import RegisteredModel
 from penstock.manager.registration import Registration
 from penstock.manager.settings import Settings
@@ -148,7 +148,7 @@ class MemoryManager(Registration):
 
     def register_kernel(
         self,
-        modules: str | type[nn.Module],
+        modules: NamePattern | type[nn.Module],
         function: KernelFunction,
         *,
         model: str | None = None,
@@ -163,7 +163,7 @@ class MemoryManager(Registration):
         Parameters
         ----------
         modules
-            A pattern of module names, as `fnmatch` has them, or a class.
+            A pattern of module names, as `register` takes it, or a class.
         function
             What is called.
         model

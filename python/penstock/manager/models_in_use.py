@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -46,6 +46,11 @@ class ModelsInUse:
         self._models: dict[str, RegisteredModel] = {}
         self._lock = threading.RLock()
         self._on_call = OnCall(self.acquire, self.release)
+
+    @property
+    def settings(self) -> Settings:
+        """What it was made with."""
+        return self._settings
 
     @property
     def pager(self) -> Pager:
@@ -252,6 +257,44 @@ class ModelsInUse:
             tenant = self._find(name).tenant
             if tenant is not None:
                 self._residency.release_reservation(tenant)
+
+    @contextmanager
+    def one_pass(self, name: str) -> Iterator[None]:
+        """Have a block be one pass of a model, for loops that call its parts and not the model.
+
+        What a call of the model is told by itself is said here: where passes begin and end. Calls
+        inside the block, and blocks in it, are part of the pass; those of other threads are not.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model.
+        """
+        with self._lock:
+            runner = self._find(name).runner
+        with nullcontext() if runner is None else runner.one_pass():
+            yield
+
+    @contextmanager
+    def hold(self, name: str, part: nn.Module) -> Iterator[None]:
+        """Have all tensors of a module in a model in place inside the block, as one step.
+
+        For a kernel that is given their addresses, to read; torch's operations do not need it.
+
+        Raises
+        ------
+        ModelError
+            If there is no such model, or it has no such module.
+        CapExceededError
+            If they do not fit together.
+        """
+        with self._lock:
+            model = self._find(name)
+            if all(part is not each for each in model.binding.module.modules()):
+                raise ModelError(f"part: model {name!r} has no such module ({type(part).__name__})")
+            runner = model.runner
+        with nullcontext() if runner is None else runner.holding(part):
+            yield
 
     def module(self, name: str) -> nn.Module:
         """Return a model without acquiring it.

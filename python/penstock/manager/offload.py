@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.layout import Reserved
+from penstock.loading.module_patterns import NamePattern
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
 from penstock.manager.settings import Options
@@ -50,8 +51,8 @@ def _not_offloaded() -> None:
 def offload(
     model: M,
     *,
-    pin: Sequence[str] = (),
-    stream: Sequence[str] = (),
+    pin: Sequence[NamePattern] = (),
+    stream: Sequence[NamePattern] = (),
     **settings: Unpack[Options],
 ) -> M:
     """Have a loaded module run on a device with at most `cap` bytes of its weights there.
@@ -98,8 +99,8 @@ def offload(
 def take_over(
     model: nn.Module,
     *,
-    pin: Sequence[str] = (),
-    stream: Sequence[str] = (),
+    pin: Sequence[NamePattern] = (),
+    stream: Sequence[NamePattern] = (),
     beside: Sequence[Reserved] = (),
     **settings: Unpack[Options],
 ) -> MemoryManager:

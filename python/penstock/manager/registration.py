@@ -14,7 +14,7 @@ from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.binding import Binding, View
 from penstock.loading.layout import Placement, Reserved, lay_out, lay_out_beside
-from penstock.loading.module_patterns import find_page_rules
+from penstock.loading.module_patterns import NamePattern, find_page_rules
 from penstock.loading.moving import move_in, move_out, survey
 from penstock.loading.open_memory import empty_memory, filled_memory
 from penstock.loading.skeleton import build_skeleton
@@ -47,8 +47,8 @@ class Registration(ModelsInUse):
         dtype: torch.dtype | None = None,
         strict: bool = True,
         writable: bool = False,
-        pin: Sequence[str] = (),
-        stream: Sequence[str] = (),
+        pin: Sequence[NamePattern] = (),
+        stream: Sequence[NamePattern] = (),
         exist_ok: bool = False,
     ) -> None:
         """Build a model on pager memory and read its weights; none of it is resident afterwards.
@@ -73,8 +73,9 @@ class Registration(ModelsInUse):
             Without a meaning for frames, where each write is found and copied back, if the host
             tier is pinned; others refuse it.
         pin
-            Patterns of module names, as `fnmatch` has them: these modules and what is in them stay
-            in place for as long as the model is in use, or holds memory at all with frames.
+            Patterns of module names: texts as `fnmatch` has them, or regular expressions
+            (`re.compile`), which have to match the whole name. These modules and what is in them
+            stay in place for as long as the model is in use, or holds memory at all with frames.
         stream
             The same for modules that stream even where there is room for them to stay. They do so
             by whole pages: those that they share with other modules do not count.
@@ -127,8 +128,8 @@ class Registration(ModelsInUse):
         name: str,
         module: nn.Module,
         placements: Sequence[Placement],
-        pin: Sequence[str],
-        stream: Sequence[str],
+        pin: Sequence[NamePattern],
+        stream: Sequence[NamePattern],
     ) -> PageRules:
         page_size, cap = self._pager.page_size, self._pager.cap
         return find_page_rules(
@@ -185,8 +186,8 @@ class Registration(ModelsInUse):
         name: str,
         module: nn.Module,
         *,
-        pin: Sequence[str] = (),
-        stream: Sequence[str] = (),
+        pin: Sequence[NamePattern] = (),
+        stream: Sequence[NamePattern] = (),
         beside: Sequence[Reserved] = (),
     ) -> None:
         """Take over a module that is loaded: its weights move onto pager memory, one by one.

@@ -52,6 +52,7 @@ class Runner:
         self._lock = threading.RLock()  # of the plan
         self._orders: dict[int, Order] = {}  # expected, by the first step
         self._latest: Order | None = None
+        self._one_pass = _OnePass()
         memory.streamer.set_trace(trace)
         scripts.prepare()
         # The core and the module's hooks must not keep this, which keeps them.
@@ -179,14 +180,30 @@ class Runner:
 
     # ---- passes --------------------------------------------------------------------------------
 
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Have a block be what a call of the model is, calls inside it included."""
+        if self._one_pass.under_way:
+            yield
+            return
+        self._call_begins()
+        self._one_pass.under_way = True
+        returned = False
+        try:
+            yield
+            returned = True
+        finally:
+            self._one_pass.under_way = False
+            self._call_ended(returned)
+
     def _call_begins(self) -> None:
         if self._binding.may_have_moved():
             self._binding.warn_if_moved()
-        if not in_backward():
+        if not in_backward() and not self._one_pass.under_way:
             self._paged.begin_call()
 
     def _call_ended(self, returned: bool) -> None:
-        if in_backward():
+        if in_backward() or self._one_pass.under_way:
             return
         complete = not torch.is_grad_enabled()
         self._paged.end_call(self.memory.pager.stream(), not returned, complete)
@@ -198,6 +215,10 @@ class Runner:
             order = self._latest = self._orders[end.first]
             self.memory.end_pass()
             self._planning.pass_ended(order)
+
+
+class _OnePass(threading.local):
+    under_way = False  # in this thread
 
 
 def _weakly(runner: weakref.ref[Runner], method: Callable[..., None]) -> Callable[..., None]:

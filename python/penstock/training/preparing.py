@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from penstock.arguments import checked
 from penstock.errors import ModelError
 from penstock.loading.layout import Reserved
+from penstock.loading.module_patterns import NamePattern
 from penstock.loading.slots import find_slots
 from penstock.manager.manager import MemoryManager
 from penstock.manager.offload import MODEL, manager_of, on_restore, restore, take_over
@@ -36,8 +37,8 @@ def prepare(
     model: M,
     optimizer: O,
     *,
-    pin: Sequence[str] = (),
-    stream: Sequence[str] = (),
+    pin: Sequence[NamePattern] = (),
+    stream: Sequence[NamePattern] = (),
     **settings: Unpack[Options],
 ) -> tuple[M, O]:
     """Have a model train with weights, gradients and states of its optimizer under one cap.

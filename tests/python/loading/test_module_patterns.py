@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -152,8 +153,20 @@ def test_what_is_pinned_counts_when_a_cap_is_divided(pager: str) -> None:
 def test_a_pattern_that_matches_nothing_is_refused(pager: str, adopt: bool, option: str) -> None:
     with pytest.raises(ModelError, match=r"'lm_\*' matches no module of model 'm'.*'embed'"):
         Rig(pager, 8, adopt=adopt, **{option: ["head", "lm_*"]})
-    with pytest.raises(TypeError, match=r"is a list of str, not str 'head': write \['head'\]"):
+    with pytest.raises(TypeError, match=r"str or Pattern, not str 'head': write \['head'\]"):
         Rig(pager, 8, adopt=adopt, **{option: "head"})
+
+
+def test_regular_expressions_match_whole_names(pager: str, adopt: bool) -> None:
+    rig = Rig(pager, 8, adopt=adopt, pin=["head", re.compile(r"layers\.[03]")])
+    with torch.no_grad(), rig.manager.use("m") as model:
+        for _ in range(3):
+            rig.check(model)
+        assert rig.memory.rules.keep == (3, 6, 9, 10)
+    with pytest.raises(ModelError, match=r"re.compile\('ayers'\) matches no module of model 'm'"):
+        Rig(pager, 8, adopt=adopt, stream=[re.compile("ayers")])
+    with pytest.raises(TypeError, match="pin is a list of str or Pattern, not list"):
+        Rig(pager, 8, adopt=adopt, pin=[re.compile(b"head")])
 
 
 def test_contradictions_are_refused(pager: str) -> None:

@@ -938,3 +938,65 @@ def test_what_is_no_module_is_refused_by_its_type() -> None:
     ):
         with pytest.raises(TypeError, match="not str"):
             call("abc")  # type: ignore[arg-type]
+
+
+# ---- loops that call parts of a model ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@torch.no_grad()
+def test_a_pass_is_what_a_block_says_where_parts_are_called(pager: str) -> None:
+    plain = build(lambda: mlp(*WIDTHS))
+    manager = manager_with(lambda: mlp(*WIDTHS), state_of(plain), cap="224KiB", pager=pager)
+    wanted = plain(plain(X))
+    with manager.use("m") as model:
+        for turn in range(5):
+            before = manager.stats().models["m"].memory
+            with manager.one_pass("m"):
+                x = model(X)  # calls inside are part of it
+                with manager.one_pass("m"):
+                    for part in model:
+                        x = part(x)
+            assert same_bits(x, wanted)
+            after = manager.stats().models["m"].memory
+            assert after.passes == before.passes + 1
+            assert turn < 2 or after.unscheduled == before.unscheduled
+        assert manager.stats().models["m"].steps == 6
+        with pytest.raises(RuntimeError, match="of the user's"), manager.one_pass("m"):
+            model[0](X)
+            raise RuntimeError("of the user's")
+        assert same_bits(model(model(X)), wanted)
+        with manager.one_pass("m"):
+            ours = model(X)
+            theirs = within(30, lambda: without_grad(model))  # beside it, in no pass of its own
+        assert same_bits(ours, plain(X)) and same_bits(theirs, ours)
+    assert manager.stats().peak <= manager.stats().cap
+    with pytest.raises(ModelError, match="no model 'n'"), manager.one_pass("n"):
+        pass
+
+
+def without_grad(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(X)
+    return result
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+@torch.no_grad()
+def test_what_is_held_is_in_place_inside_the_block(pager: str) -> None:
+    plain = build(lambda: mlp(*WIDTHS))
+    manager = manager_with(lambda: mlp(*WIDTHS), state_of(plain), cap="192KiB", pager=pager)
+    with manager.use("m") as model:
+        for part, theirs in zip(model, plain, strict=True):
+            with manager.hold("m", part):
+                assert pinned_pages(manager) >= 2
+                loaded = manager.stats().models["m"].memory.misses
+                assert same_bits(part(X), theirs(X))
+                assert manager.stats().models["m"].memory.misses == loaded
+            assert pinned_pages(manager) == 0
+        with pytest.raises(CapExceededError, match="a kernel for Sequential"):
+            manager.hold("m", model).__enter__()
+        with pytest.raises(ModelError, match="model 'm' has no such module"):
+            manager.hold("m", plain[0]).__enter__()
+        assert same_bits(model(X), plain(X))
+    assert manager.stats().used == 0

@@ -16,7 +16,7 @@ from penstock.report.stats import ManagerStats, MemoryStats, ModelStats, PassFig
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-TRIED = ("custom_kernel", "embeddings", "own_module", "text_generation", "video_pipeline")
+TRIED = ("custom_kernel", "embeddings", "layers", "own_module", "text_generation", "video_pipeline")
 
 
 def run(name: str, *arguments: str) -> None:
@@ -56,6 +56,13 @@ def test_all_are_tried() -> None:
 def test_own_module(capsys: pytest.CaptureFixture[str]) -> None:
     run("own_module", "--cap", "6MiB", "--width", "512", "--depth", "8")
     assert "the same bits: True" in capsys.readouterr().out
+
+
+def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    run("layers", "--cap", "6MiB", "--width", "512", "--depth", "6")
+    out = capsys.readouterr().out
+    assert "the same bits: True" in out
+    assert "peak 6.00 MiB (100% of the cap)" in out
 
 
 def test_text_generation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,7 @@ class House:
         known: dict[str, dict[str, Any]] = {
             "acquire_on_call": {"names": "m"},
             "adopt": {"name": "n", "module": self.loaded, **rules},
+            "hold": {"name": "m", "part": self.manager.module("m")[0]},  # type: ignore[index]
             "keep_resident": {"names": "m"},
             "register": register | rules,
             "register_kernel": {"modules": "0", "function": print, "model": "m"},
@@ -230,6 +231,17 @@ def right_arguments(name: str) -> dict[str, Any]:
     pager = a_pager()
     known: dict[str, dict[str, Any]] = {
         "FarthestUse": {},
+        "LayerStreamer": {
+            "weights": state_of(build(three)),
+            "pattern": "{}",
+            "manager": None,
+            "name": "n",
+            "static": None,
+            "dtype": None,
+            "pin": ["0"],
+            "stream": ["1"],
+            **SETTINGS,
+        },
         "LazyModule": {
             "manager": House("frames").manager,
             "name": "n",
@@ -348,6 +360,27 @@ def test_methods_of_the_low_level(cls: type, kind: str) -> None:
             for fault in refuse_all(partial(right, method), set(names)):
                 faults.append(f"{method}: {fault}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("pager", PAGERS)
+def test_methods_of_a_layer_streamer(pager: str) -> None:
+    options = {"device": "cpu", "pager": pager, "page_size": "64KiB"}
+    layers = penstock.LayerStreamer(state_of(build(three)), "{}", cap="256KiB", **options)
+    right: dict[str, dict[str, Any]] = {
+        "run_pass": {"x": None, "layer_fn": lambda x, weights, index: weights["bias"].sum()},
+        "layer": {"index": 0},
+        "block": {"index": 0},
+        "load_static": {"name": "none"},
+    }
+    faults = []
+    for method, given in right.items():
+        for name in {*given} - {"x"}:  # which is the function's business
+            for fault in refuse_all(
+                partial(lambda *each: each, getattr(layers, method), given), {name}
+            ):
+                faults.append(f"{method}: {fault}")
+    assert not faults, "\n".join(faults)
+    assert pinned_pages(layers.manager) == 0
 
 
 def test_stacks_are_recorded_by_a_truth_and_end_in_their_thread() -> None:

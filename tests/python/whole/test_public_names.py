@@ -19,6 +19,7 @@ TOP = {
     "FarthestUse",
     "Holder",
     "Kernel",
+    "LayerStreamer",
     "LazyModule",
     "ManagerStats",
     "MemoryManager",
@@ -59,10 +60,13 @@ ELSEWHERE = {
     "penstock.training": {"prepare"},
 }
 METHODS = {
+    "LayerStreamer": (
+        "block close device layer load_static manager one_pass report run_pass stats"
+    ),
     "MemoryManager": (
-        "acquire acquire_on_call adopt capture device give_back guest keep_resident module pager "
-        "prefetch register register_kernel release release_reservation report require_room reserve "
-        "schedule set_cap stats timeline unregister use"
+        "acquire acquire_on_call adopt capture device give_back guest hold keep_resident module "
+        "one_pass pager prefetch register register_kernel release release_reservation report "
+        "require_room reserve schedule set_cap settings stats timeline unregister use"
     ),
     "Pager": "budget cap device evict page_size prefetch reserve synchronize",
     "Region": "address nbytes tensor",
