@@ -119,6 +119,7 @@ def test_a_weight_is_a_parameter_to_all_who_ask(pair: Pair) -> None:
 
 
 def test_what_only_asks_loads_nothing(pair: Pair) -> None:
+    pair.manager.pager.synchronize()  # what is loaded ahead is there
     before = pair.manager.stats().models["m"].memory
     for weight in pair.ours.parameters():
         _ = weight.shape, weight.dtype, weight.device, weight.requires_grad, weight.grad
