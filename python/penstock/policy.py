@@ -32,6 +32,11 @@ class Priority(Enum):
     SECONDARY = "secondary"
     """It is evicted only when nothing else is left, and the report says so."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        known = " or ".join(repr(each.value) for each in cls)
+        raise ValueError(f"{value!r} is not a valid Priority: it is {known}")
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -66,7 +66,8 @@ def _nothing(names: list[str]) -> Refusal:
     if pickled:
         return Refusal(
             f"holds torch files only: {_list(pickled)}",
-            "convert them to safetensors, or pass the path of one of these files",
+            "pass the path of one of these files to MemoryManager.register, which also says how to "
+            "convert it to safetensors",
         )
     refuse_names(names)
     return Refusal(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             open_console(stderr=True).print(f"penstock: {error}", style="red", highlight=False)
         return 1
     if options.json:
-        print(json.dumps(found, indent=2))
+        try:
+            print(json.dumps(found, indent=2), flush=True)
+        except BrokenPipeError:  # who reads has enough; nor may the end of the process complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if found.get("ok", True) else 1
 
 

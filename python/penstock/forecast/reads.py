@@ -42,7 +42,8 @@ class Read:
         return offset + self.part * size, size
 
 
-_RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d+(_reverse)?$")
+# Read by one operation: of recurrent layers, merged experts, and what a parametrization joins.
+_TOGETHER = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d+(_reverse)?$|merged |original\d+$")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)$")
 _SCALE = re.compile(r"(^|_)(scales?|scale_inv|scale_2|qzeros|zeros?_points?|absmax)$")
 _STACK = re.compile(r"\bexperts\.[^.]*$")
@@ -127,7 +128,7 @@ def _owner_of(name: str, indexed: bool) -> tuple[str, str]:
 def _reads_of_module(held: dict[int, str], shapes: Sequence[Sequence[int]]) -> list[Read]:
     vectors = [i for i, name in held.items() if len(shapes[i]) <= 1 or _SCALE.search(name)]
     matrices = [index for index in held if index not in vectors]
-    together = [i for i in matrices if _RECURRENT.match(held[i]) or held[i].startswith("merged ")]
+    together = [i for i in matrices if _TOGETHER.match(held[i])]
     alone = [index for index in matrices if index not in together]
     reads = [(index, *vectors) for index in alone]
     if together or not alone:

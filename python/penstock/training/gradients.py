@@ -44,7 +44,8 @@ def _mover_to(place: Place) -> Callable[[torch.Tensor], None]:
 
     def move(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:  # another hook has taken it
+            return
         if gradient.requires_grad:
             raise ModelError(
                 "gradients that have a history (create_graph=True) cannot be paged: use "

@@ -18,8 +18,9 @@ __all__ = ["Place"]
 class Place:
     """Room for one tensor at a time, which operations page.
 
-    Torch makes new gradients, and old ones keep their values for whoever has them. So tensors that
-    are still here leave, with their values, before the next one comes.
+    Torch makes new gradients, and old ones keep their values for whoever has them, who may be
+    reading them in another thread. So a place is taken as long as somebody has the last tensor, and
+    those that come meanwhile stay in ordinary memory.
     """
 
     def __init__(self, memory: ModelMemory, reserved: Reserved) -> None:
@@ -61,7 +62,7 @@ class Place:
             )
 
     def move_in(self, tensor: torch.Tensor) -> None:
-        """Have a tensor lie here, with its values.
+        """Have a tensor lie here, with its values, unless the place is taken.
 
         Raises
         ------
@@ -69,7 +70,9 @@ class Place:
             As `put` does.
         """
         if not self.has(tensor):
-            tensor.data = self.put(tensor)
+            self.require_fits(tensor)
+            if not self._is_taken():
+                tensor.data = self.put(tensor)
 
     def move_out(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Have a tensor lie in ordinary memory, if it lies here."""
@@ -83,7 +86,7 @@ class Place:
 
     @torch.no_grad()
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a new tensor that lies here and has the values of another one.
+        """Return a new tensor that has the values of another one, and lies here if it may.
 
         Raises
         ------
@@ -93,11 +96,15 @@ class Place:
             As `require_fits` does.
         """
         self.require_fits(tensor)
-        self.empty()
+        if self._is_taken():
+            return tensor.to(self._memory.region.device, copy=True)
         strides = tuple(torch.empty_like(tensor, device="meta").stride())  # without gaps
         placed = self._memory.tensor(replace(self._reserved, strides=strides))
         self._last = StorageRef(placed)
         return placed.copy_(tensor)
+
+    def _is_taken(self) -> bool:
+        return self._last is not None and self._last.storage() is not None
 
     def empty(self) -> None:
         """Have tensors that still lie here go to ordinary memory, on the device."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from penstock.errors import ModelError
 from penstock.torch_private import InstanceStep, own_step
 from penstock.training.place import Place
-from penstock.training.survey import is_paged_state
+from penstock.training.survey import StateNames, is_paged_state
 
 __all__ = ["PagedStates"]
 
@@ -56,6 +56,7 @@ class PagedStates:
         step = own_step(optimizer)
         assert step is not None
         self._theirs = step
+        self._state_names = StateNames(optimizer)
         self._step = InstanceStep(optimizer, self._run_step)
         self._hooks = (
             optimizer.register_load_state_dict_pre_hook(self._load),
@@ -82,6 +83,7 @@ class PagedStates:
         return loss
 
     def _require_known(self, groups: Sequence[Group]) -> None:
+        """Refuse a step for which there is no room, before anything changes."""
         for number, group in enumerate(groups):
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is None or not parameter.numel():
@@ -95,6 +97,8 @@ class PagedStates:
                     )
                 if parameter.grad.layout != torch.strided:
                     self._gradients[parameter].require_fits(parameter.grad)
+                for name in self._state_names.of(group, parameter):
+                    self._place(parameter, name)
 
     def _runs_of(self, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         run: list[nn.Parameter] = []
@@ -148,9 +152,9 @@ class PagedStates:
         place = self._places.get(parameter, {}).get(name)
         if place is None:
             raise ModelError(
-                f"the optimizer has a state {name!r} for {self._names.get(parameter)!r} that it "
-                "had not with the options it was prepared with: penstock.restore(model), then "
-                "prepare again"
+                f"the optimizer has a state {name!r} for {self._names.get(parameter)!r}, for which "
+                "no room was made: its options, or its parameters, were others when it was "
+                "prepared. penstock.restore(model), then prepare again"
             )
         return place
 

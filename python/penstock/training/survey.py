@@ -15,7 +15,14 @@ from penstock.errors import ModelError
 from penstock.loading.layout import Reserved
 from penstock.torch_private import own_step
 
-__all__ = ["GRADIENT", "gradients_of", "is_paged_state", "require_supported", "states_of"]
+__all__ = [
+    "GRADIENT",
+    "StateNames",
+    "gradients_of",
+    "is_paged_state",
+    "require_supported",
+    "states_of",
+]
 
 GRADIENT = "gradient"
 
@@ -99,6 +106,28 @@ def states_of(
             for kind, value in states.items():
                 if is_paged_state(value):
                     yield parameter, _reserved(kind, names[parameter], value)
+
+
+class StateNames:
+    """The states that an optimizer's step makes or has with the options of now."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._known: dict[object, frozenset[str]] = {}
+
+    def of(self, group: dict[str, Any], parameter: nn.Parameter) -> frozenset[str]:
+        """Return the names of those that are paged. Options count by whether they are on."""
+        on = frozenset(
+            name for name, value in group.items() if not isinstance(value, torch.Tensor) and value
+        )
+        form = (on, parameter.dim(), parameter.dtype)
+        if form not in self._known:
+            small = nn.Parameter(torch.empty([2] * parameter.dim(), dtype=parameter.dtype))
+            states = _try_out(self._optimizer, group, small)
+            self._known[form] = frozenset(
+                name for name, value in states.items() if is_paged_state(value)
+            )
+        return self._known[form]
 
 
 def _reserved(kind: str, of: str, like: torch.Tensor) -> Reserved:

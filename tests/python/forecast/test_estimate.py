@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import penstock
 from penstock.errors import (
@@ -78,6 +79,7 @@ ZOO: list[tuple[Callable[[], nn.Module], torch.Tensor]] = [
     (Attention, torch.ones(1, 3, 64)),
     (lambda: nn.Sequential(nn.Conv1d(16, 32, 5), nn.Conv1d(32, 8, 3)), torch.ones(1, 16, 20)),
     (lambda: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)), torch.ones(64)),
+    (lambda: nn.Sequential(*(weight_norm(nn.Linear(124, 124)) for _ in range(3))), torch.ones(124)),
 ]
 
 

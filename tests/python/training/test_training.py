@@ -574,6 +574,7 @@ def test_what_state_dicts_share_with_optimizers_is_as_in_plain_torch() -> None:
         train(*each, range(2, 3))
         shared.append(copy.deepcopy([before, after, other]))
         each[1].load_state_dict(each[1].state_dict())
+        del before, other  # whose places were taken as long as they were there
         train(*each, range(3, 4))
     assert same_bits(shared[0], shared[1])
     pair.check()
@@ -594,10 +595,30 @@ def test_states_of_another_dtype_are_converted_on_their_way_in() -> None:
     for _, optimizer in pair.both:
         optimizer.load_state_dict(copy.deepcopy(given))
     assert same_bits(given, kept)
-    pair.check()
+    assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
+    assert same_bits(*(train(*each) for each in pair.both))
+    assert same_bits(copy.deepcopy(held), before)
+    del held  # whose places were taken as long as it was there
     assert same_bits(*(train(*each) for each in pair.both))
     pair.check()
-    assert same_bits(copy.deepcopy(held), before)
+
+
+def test_what_somebody_keeps_is_not_moved_while_others_read_it() -> None:
+    """Another thread reads old gradients while new ones come; its address must stay good."""
+    pair = prepared(adamw_of)
+    model, optimizer = pair.both[1]
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    kept = [parameter.grad for parameter in model.parameters()]
+    addresses = [each.untyped_storage().data_ptr() for each in kept if each is not None]
+    before = copy.deepcopy(kept)
+    optimizer.zero_grad()
+    train(model, optimizer, range(2, 5))
+    assert addresses == [each.untyped_storage().data_ptr() for each in kept if each is not None]
+    assert same_bits(copy.deepcopy(kept), before)
+    del kept
+    loss_of(model, 6).backward()
+    assert all(torch_dispatch.is_keyed(parameter.grad) for parameter in model.parameters())
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing() -> None:
@@ -699,6 +720,53 @@ def test_an_error_in_a_step_leaves_all_usable(monkeypatch: pytest.MonkeyPatch) -
         each[1].step()
         each[1].zero_grad()
     assert same_bits(*(train(*each) for each in pair.both))
+    pair.check()
+
+
+def more_momentum(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.param_groups[0]["momentum"] = 0.9
+
+
+def more_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.add_param_group({"params": [model[-2].weight], "momentum": 0.9})  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [more_momentum, more_parameters])
+def test_a_step_that_needs_other_states_is_refused_before_it_begins(
+    change: Callable[[nn.Module, Optimizer], None],
+) -> None:
+    """Half of it done would be done twice when it is repeated."""
+
+    def sgd(model: nn.Module) -> Optimizer:
+        return torch.optim.SGD(list(model.parameters())[:-2], lr=0.1)
+
+    pair = prepared(sgd, cap=1 << 20)
+    for model, optimizer in pair.both:
+        train(model, optimizer)
+        change(model, optimizer)
+        loss_of(model, 4).backward()
+    before = values(pair.model, pair.optimizer)
+    with pytest.raises(ModelError, match=r"'momentum_buffer' for .*, for which no room was made"):
+        pair.optimizer.step()
+    assert same_bits(values(pair.model, pair.optimizer), before)
+    penstock.restore(pair.model)
+    for _, optimizer in pair.both:
+        optimizer.step()
+    assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
+
+
+def test_hooks_that_take_gradients_leave_none_to_page() -> None:
+    def take(model: nn.Module, optimizer: Optimizer) -> None:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_take)
+
+    def _take(parameter: torch.Tensor) -> None:
+        parameter.data.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    pair = prepared(adamw_of, before=take)
+    for each in pair.both:
+        loss_of(each[0], 0).backward()
     pair.check()
 
 

@@ -271,7 +271,7 @@ def test_what_is_tried_by_default(processes: Processes) -> None:
         ({"setup": lambda **settings: print}, ValueError, "lambda.*cannot be found"),
         ({"setup": 3}, TypeError, "setup is"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(
     wrong: dict[str, Any],
