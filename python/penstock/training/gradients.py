@@ -44,8 +44,8 @@ def _mover_to(place: Place) -> Callable[[torch.Tensor], None]:
 
     def move(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None:  # another hook has taken it
-            return
+        if gradient is None or torch.compiler.is_compiling():
+            return  # another hook has taken it; or it is one of a graph's, and stays where it is
         if gradient.requires_grad:
             raise ModelError(
                 "gradients that have a history (create_graph=True) cannot be paged: use "

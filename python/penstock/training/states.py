@@ -67,7 +67,7 @@ class PagedStates:
     # ---- steps ---------------------------------------------------------------------------------
 
     def _run_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:  # noqa: ANN401
-        if self._ended:
+        if self._ended or torch.compiler.is_compiling():
             return self._theirs(optimizer, closure)
         loss = None
         if closure is not None:

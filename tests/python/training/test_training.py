@@ -755,6 +755,38 @@ def test_a_step_that_needs_other_states_is_refused_before_it_begins(
     assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's
+@pytest.mark.parametrize("part", ["backward", "step", "all"])
+def test_compiled_steps_have_the_bits_of_those_of_plain_torch(part: str) -> None:
+    """Gradients of a compiled graph stay in ordinary memory."""
+    pair = prepared(adamw_of, cap=1 << 20)
+    losses = []
+    for model, optimizer in pair.both:
+        torch._dynamo.reset()
+
+        def backward(number: int, model: nn.Module = model) -> torch.Tensor:
+            loss = loss_of(model, number)
+            loss.backward()
+            return loss.detach()
+
+        def whole(number: int, optimizer: Optimizer = optimizer) -> torch.Tensor:
+            loss = backward(number)
+            optimizer.step()
+            return loss
+
+        compiled = {"backward": backward, "step": optimizer.step, "all": whole}
+        call = torch.compile(compiled[part], backend="aot_eager")
+        for number in range(3):
+            if part == "all":
+                losses.append(call(number))
+            else:
+                losses.append((call if part == "backward" else backward)(number))
+                (call if part == "step" else optimizer.step)()
+            optimizer.zero_grad()
+    assert same_bits(losses[:3], losses[3:])
+    assert same_bits(values(*pair.both[1]), values(*pair.both[0]))
+
+
 def test_hooks_that_take_gradients_leave_none_to_page() -> None:
     def take(model: nn.Module, optimizer: Optimizer) -> None:
         for parameter in model.parameters():
