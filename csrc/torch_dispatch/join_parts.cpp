@@ -37,14 +37,16 @@ bool run_by_joining(const Operation& operation, std::size_t limit, torch::jit::S
   Runs runs(list.size(), limit);
   runs.count(list);
   if (runs.end_of(0) == list.size()) return false;
-  std::vector<at::Tensor> joined;
-  for (std::size_t begin = 0; begin < list.size();) {
-    const std::size_t end = runs.end_of(begin);
-    torch::jit::Stack part{cut(arguments[0], begin, end), arguments[1]};
+  std::vector<std::size_t> begins;
+  for (std::size_t at = 0; at < list.size(); at = runs.end_of(at)) begins.push_back(at);
+  // Autograd goes back through what was made last first: so that gradients of a tensor that is in
+  // several parts are added in the order of the whole, the first part is made last.
+  std::vector<at::Tensor> joined(begins.size());
+  for (std::size_t at = begins.size(); at-- > 0;) {
+    torch::jit::Stack part{cut(arguments[0], begins[at], runs.end_of(begins[at])), arguments[1]};
     const Uses uses = uses_of(signature, part);
     operation.run_holding(uses.ranges, uses.device, &part);
-    joined.push_back(std::move(part[0]).toTensor());
-    begin = end;
+    joined[at] = std::move(part[0]).toTensor();
   }
   auto result = at::cat(joined, arguments[1].toInt());  // what was stacked has that dimension now
   torch::jit::drop(*stack, signature.count);
