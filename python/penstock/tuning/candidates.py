@@ -39,8 +39,10 @@ def default_candidates(fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{}]
     for values in product(*choices.values()):
         candidate = dict(zip(choices, values, strict=True))
-        if {**fixed, **candidate}.get("pager") == "managed":
-            candidate.pop("host", None)  # it is for frames alone
+        if {**fixed, **candidate}.get("pager") == "managed":  # tiers of the host are for frames
+            candidate.pop("host", None)
+            if fixed.get("host", "auto") != "auto" or fixed.get("host_budget") is not None:
+                continue
         if candidate not in found:
             found.append(candidate)
     return found

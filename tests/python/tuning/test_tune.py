@@ -239,10 +239,10 @@ def test_what_is_tried_by_default(processes: Processes) -> None:
     assert default_candidates({"pager": "managed", "page_size": "2MiB"}) == [{}]
     tune("m:f", "32MiB", host="pinned", pause=0)
     assert [task.given for task in processes.tasks][1:] == [
-        {"cap": "32MiB", "host": "pinned", "pager": pager, "page_size": size}
-        for pager in ("frames", "managed")
+        {"cap": "32MiB", "host": "pinned", "pager": "frames", "page_size": size}
         for size in ("2MiB", "8MiB")
     ]
+    assert not [x for x in default_candidates({"host_budget": 1}) if x.get("pager") == "managed"]
 
 
 @pytest.mark.parametrize(
