@@ -62,8 +62,17 @@ class _Parameters:
         self._function = function
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError where a value does not fit its annotation, or an option is unknown."""
+        """Raise TypeError where a value does not fit, one is lacking, or an option is unknown."""
         positional, rest, keywords, others = self._hints
+        if rest is None and len(args) > len(positional):
+            by_name = [each for each in keywords if each not in dict(positional)]
+            raise TypeError(
+                f"{self._name(args)} takes no more than {', '.join(self._told(positional))} by "
+                f"place, and others by name: {', '.join(by_name) or 'there are none'}"
+            )
+        lacking = {*self._required[len(args) :], *self._required_by_name} - kwargs.keys()
+        if lacking:
+            raise TypeError(f"{self._name(args)} needs {', '.join(sorted(lacking))}")
         given = [*zip(positional, args, strict=False)]
         if rest is not None:
             given += [(rest, value) for value in args[len(positional) :]]
@@ -103,6 +112,29 @@ class _Parameters:
             else:
                 others = hint
         return positional, rest, keywords, others
+
+    @cached_property
+    def _required(self) -> list[str]:
+        """Names of those that may be given by place and have no default."""
+        return [each.name for each in self._parameters if each.kind is not each.KEYWORD_ONLY]
+
+    @cached_property
+    def _required_by_name(self) -> list[str]:
+        return [each.name for each in self._parameters if each.kind is each.KEYWORD_ONLY]
+
+    @cached_property
+    def _parameters(self) -> list[inspect.Parameter]:
+        """Those without a default."""
+        return [
+            each
+            for each in inspect.signature(self._function).parameters.values()
+            if each.default is each.empty
+            and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        ]
+
+    @staticmethod
+    def _told(positional: Sequence[tuple[str, Any]]) -> list[str]:
+        return [name for name, _ in positional if name != "self"] or ["nothing"]
 
     def _options(self, record: type) -> dict[str, Any]:
         """Return the hints of a TypedDict, each in the scope of the class that has it."""

@@ -69,10 +69,12 @@ class Place:
         CapExceededError, ModelError
             As `put` does.
         """
-        if not self.has(tensor):
+        if self.has(tensor):
+            return
+        if self._is_taken():
             self.require_fits(tensor)
-            if not self._is_taken():
-                tensor.data = self.put(tensor)
+        else:
+            tensor.data = self.put(tensor)
 
     def move_out(self, tensor: torch.Tensor, device: torch.device) -> None:
         """Have a tensor lie in ordinary memory, if it lies here."""

@@ -84,7 +84,7 @@ def test_what_fits_is_passed_on(given: dict[str, Any]) -> None:
         ({"count": 3, "trace": 1}, "door: trace is bool, not int 1"),
         ({"count": 3, "cpa": 1}, "door has no argument 'cpa'; did you mean 'cap'"),
         ({"count": 3, "zzzzz": 1}, "door has no argument 'zzzzz'. It has count, share, path"),
-        ({}, "missing 1 required positional argument: 'count'"),
+        ({}, "needs count"),
     ],
 )
 def test_what_does_not_fit_is_named(given: dict[str, Any], told: str) -> None:
@@ -133,3 +133,17 @@ def test_a_lazy_module_refuses_options_when_it_is_made() -> None:
     manager = penstock.MemoryManager(cap="1MiB", device="cpu")
     with pytest.raises(TypeError, match=r"register has no argument 'strickt'; did you mean 'stri"):
         penstock.LazyModule(manager, "m", lambda: nn.Linear(2, 2), {}, strickt=True)
+
+
+def test_arguments_that_lack_or_are_too_many_are_named() -> None:
+    @checked
+    def door_of_three(model: str, weights: str, *, cap: int, name: str = "") -> str:
+        return model + weights + name + str(cap)
+
+    assert door_of_three("a", weights="b", cap=1) == "ab1"
+    with pytest.raises(TypeError, match=r"door_of_three needs cap, weights$"):
+        door_of_three("a")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"needs model$"):
+        door_of_three(weights="b", cap=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"no more than model, weights by place, and .*: cap, name"):
+        door_of_three("a", "b", 1)  # type: ignore[misc]
